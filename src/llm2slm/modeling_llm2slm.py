@@ -1,0 +1,831 @@
+"""LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model (SLM) writes the response.
+
+Method: Bergner et al., "Think Big, Generate Quick: LLM-to-SLM for Fast Autoregressive Decoding" (arXiv 2402.16844).
+The file reads top to bottom: outputs, projector, the model (build, load, save, encode, forward, generate), helpers.
+
+Choices made here:
+- `generate` encodes and projects the prompt once and hands `inputs_embeds` to `slm.generate`: each decoding mode,
+  cache and streamer of Transformers is inherited, none is rewritten.
+- The LLM's hidden states are read by hooks on the layers asked for, so that no other layer's states are kept.
+- A checkpoint is slim: projector and SLM. The LLM is loaded from its own place and checked by a fingerprint.
+
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
+on Transformers 4.x and 5.x.
+"""
+
+import copy
+import inspect
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+
+from .configuration_llm2slm import LLM2SLMConfig
+from .loading_llm2slm import (
+    check_fingerprint,
+    check_loading_info,
+    check_same_architecture,
+    find_layers,
+    fingerprint,
+    llm_auto_class,
+    load_llm,
+    load_slm,
+    resolve_revision,
+    shared_parameter,
+    slm_auto_class,
+    split_gguf,
+    sub_device_map,
+    truncate,
+)
+
+if TYPE_CHECKING:  # save_pretrained copies the files it finds as relative imports: these two complete the checkpoint
+    from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline  # noqa: F401
+    from .tokenization_llm2slm import LLM2SLMTokenizer  # noqa: F401
+
+
+@dataclass
+class PromptEncoding(ModelOutput):
+    """
+    An encoded prompt; `model.generate(**encoding)` writes a response to it without running the LLM again.
+
+    Args:
+        prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`):
+            What the SLM takes in place of its own prompt embeddings.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
+            1 for tokens, 0 for padding on either side.
+    """
+
+    prompt_embeds: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+
+
+class LLM2SLMProjector(nn.Module):
+    """Maps the LLM's hidden states to the width of the SLM's embeddings (paper, section 3.2)."""
+
+    def __init__(self, config: LLM2SLMConfig):
+        super().__init__()
+        self.num_layers, self.llm_hidden_size = len(config.llm_layers), config.llm_hidden_size
+        input_size, output_size = self.num_layers * self.llm_hidden_size, config.slm_hidden_size
+        self.norms = None
+        if config.projector_norm == "layer_norm":
+            self.norms = nn.ModuleList(nn.LayerNorm(self.llm_hidden_size) for _ in range(self.num_layers))
+        self.hidden = None
+        if config.projector_type == "mlp":
+            self.hidden = nn.Linear(input_size, config.projector_hidden_size)
+            self.act = ACT2FN[config.projector_hidden_act]
+            input_size = config.projector_hidden_size
+        self.out = nn.Linear(input_size, output_size)
+        # With two tokenizers, "add" adds to the LLM's input embeddings at the SLM's width.
+        self.llm_embeddings = nn.Linear(self.llm_hidden_size, output_size) if config.adds_llm_embeddings else None
+        self.llm_embeddings_layer = config.prompt_layers.index(0) if config.adds_llm_embeddings else None
+
+    def forward(self, prompt_hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, prompt_length, prompt_hidden_size)` to `(batch_size, prompt_length, slm_hidden_size)`."""
+        states = prompt_hidden_states.to(self.out.weight.dtype).split(self.llm_hidden_size, dim=-1)
+        embeds = states[: self.num_layers]
+        if self.norms is not None:
+            embeds = [norm(layer_states) for norm, layer_states in zip(self.norms, embeds, strict=True)]
+        embeds = torch.cat(tuple(embeds), dim=-1)  # (batch_size, prompt_length, num_layers * llm_hidden_size)
+        if self.hidden is not None:
+            embeds = self.act(self.hidden(embeds))
+        embeds = self.out(embeds)  # (batch_size, prompt_length, slm_hidden_size)
+        if self.llm_embeddings is not None:
+            embeds = embeds + self.llm_embeddings(states[self.llm_embeddings_layer])
+        return embeds
+
+
+class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """
+    A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
+
+    `llm` is `None` in a slim model whose LLM has not been loaded (see [`~LLM2SLMForConditionalGeneration.load_llm`]);
+    `prompt_hidden_states` and `prompt_embeds` then still work.
+    """
+
+    config_class = LLM2SLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModelForSeq2SeqLM"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True  # the name in Transformers 4
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    # ----------------------------------------------------------------------------------------------------- building
+    def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None, slm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.register_module("llm", None)
+        if llm is None and (config.include_llm or config.llm_name_or_path is None):
+            llm = llm_auto_class(config.llm_config).from_config(config.llm_config)
+        if llm is not None:
+            self._set_llm(llm)
+        self.projector = LLM2SLMProjector(config)
+        self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        self.post_init()
+        self._skip_llm_when_saving()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+        elif isinstance(module, nn.Linear):
+            _init_linear(module, output_std=1.0 if module is self.projector.hidden else 0.02)
+
+    @classmethod
+    def from_llm_slm_pretrained(
+        cls,
+        llm: "str | os.PathLike | PreTrainedModel",
+        slm: "str | os.PathLike | PreTrainedModel",
+        *,
+        fusion: str = "replace",
+        llm_kwargs: dict | None = None,
+        slm_kwargs: dict | None = None,
+        **config_kwargs,
+    ) -> "LLM2SLMForConditionalGeneration":
+        r"""
+        Composes a pretrained LLM and a pretrained SLM; the projector between them starts at random.
+
+        Args:
+            llm (`str`, `os.PathLike` or `PreTrainedModel`):
+                Name on the Hub, folder, `.gguf` file or folder with one, or a loaded model. It is frozen; a model
+                passed as an object is shared, not copied.
+            slm (`str`, `os.PathLike` or `PreTrainedModel`):
+                Likewise; anything `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM` loads.
+            fusion (`str`, *optional*, defaults to `"replace"`):
+                `"replace"` or `"add"`, see [`LLM2SLMConfig`].
+            llm_kwargs, slm_kwargs (`dict`, *optional*):
+                Arguments of each `from_pretrained`: `dtype`, `device_map`, `revision`, `quantization_config`, ...
+            config_kwargs:
+                Further fields of [`LLM2SLMConfig`], such as `llm_layer` and `shared_tokenizer`.
+
+        Raises:
+            ValueError: if the two models share a parameter (training the SLM would change the LLM), or a field of the
+                configuration is unknown or invalid.
+        """
+        known = set(inspect.signature(LLM2SLMConfig.__init__).parameters) - {"self", "kwargs"}
+        if unknown := set(config_kwargs) - known:
+            raise ValueError(f"Unknown configuration field(s) {sorted(unknown)}; known are {sorted(known)}.")
+
+        llm_source: dict = {}
+        if not isinstance(llm, PreTrainedModel):
+            llm_kwargs = dict(llm_kwargs or {})
+            llm, gguf_file = split_gguf(llm, llm_kwargs.pop("gguf_file", None))
+            llm_source = {
+                "llm_name_or_path": str(llm),
+                "llm_revision": resolve_revision(llm, gguf_file, llm_kwargs),
+                "llm_gguf_file": gguf_file,
+            }
+            llm, llm_config = load_llm(llm, gguf_file, **llm_kwargs)
+        elif llm_kwargs:
+            raise ValueError("`llm_kwargs` are for loading the LLM by name, but `llm` is a loaded model.")
+        else:
+            llm_config = llm.config
+        if not isinstance(slm, PreTrainedModel):
+            slm = load_slm(slm, **(slm_kwargs or {}))
+        elif slm_kwargs:
+            raise ValueError("`slm_kwargs` are for loading the SLM by name, but `slm` is a loaded model.")
+
+        config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
+        model = cls(config, llm=llm, slm=slm)
+        if shared := shared_parameter(model.llm, model.slm):
+            raise ValueError(
+                f"LLM and SLM share the parameter {shared!r}: training the SLM would change the frozen LLM. Pass a "
+                "copy, e.g. `slm=copy.deepcopy(slm)`."
+            )
+        config.llm_fingerprint = fingerprint(model.llm)
+        model.generation_config = copy.deepcopy(slm.generation_config)
+        model.projector.to(slm.get_input_embeddings().weight.device, slm.dtype)
+        model._match_embedding_scale()
+        return model.eval()
+
+    @torch.no_grad()
+    def _match_embedding_scale(self):
+        """Gives projections the standard deviation of the SLM's own embeddings, which it was pretrained on."""
+        embeddings = self.slm.get_input_embeddings()
+        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=embeddings.weight.device)
+        std = embeddings(ids).float().std().item()
+        _init_linear(self.projector.out, output_std=std)
+        if self.projector.llm_embeddings is not None:
+            llm_embeddings = self.llm.get_input_embeddings()
+            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=llm_embeddings.weight.device)
+            llm_std = llm_embeddings(ids).float().std().item()
+            _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
+
+    def _set_llm(self, llm: PreTrainedModel):
+        """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
+        if self.config.llm_config.is_encoder_decoder:
+            llm = llm.get_encoder()
+        elif llm.can_generate():  # AutoModelForCausalLM: the head is not needed
+            llm = llm.base_model
+        num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
+        if depth < num_layers:
+            llm = truncate(llm, num_layers, depth)
+        self.llm = llm.requires_grad_(False).eval()
+
+    # ---------------------------------------------------------------------------------------------- load and save
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        llm_name_or_path: str | os.PathLike | None = None,
+        llm_kwargs: dict | None = None,
+        load_llm: bool = True,
+        **kwargs,
+    ):
+        r"""
+        Loads a checkpoint, and its frozen LLM from the LLM's own place. Takes what every `from_pretrained` takes, and:
+
+        Args:
+            llm_name_or_path (`str` or `os.PathLike`, *optional*):
+                Where the LLM is on this machine, if not where the checkpoint says.
+            llm_kwargs (`dict`, *optional*):
+                Arguments of the LLM's own `from_pretrained`. This call's `revision`, `subfolder` and
+                `trust_remote_code` are never passed on to the LLM's repository.
+            load_llm (`bool`, *optional*, defaults to `True`):
+                `False` leaves a slim checkpoint without its LLM, for use with cached prompt features.
+
+        Raises:
+            OSError: if the weights are missing, cut off or not safetensors.
+            ValueError: if the weights are another model's, or the LLM is not the one the checkpoint was trained with.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"The weights in {str(pretrained_model_name_or_path)!r} are cut off or damaged: {error}"
+            ) from error
+        check_loading_info(info, f"The weights in {str(pretrained_model_name_or_path)!r}")
+        if model.llm is None and load_llm:
+            inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
+            nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}
+            if "torch_dtype" in kwargs:  # the name before Transformers 4.56
+                nested_kwargs["dtype"] = kwargs["torch_dtype"]
+            if isinstance(nested_kwargs.get("device_map"), dict):
+                nested_kwargs["device_map"] = sub_device_map(nested_kwargs["device_map"], "llm")
+            model.load_llm(llm_name_or_path, **(nested_kwargs | (llm_kwargs or {})))
+        model.eval()
+        return (model, info) if return_info else model
+
+    def load_llm(self, llm_name_or_path: str | os.PathLike | None = None, *, check: bool = True, **llm_kwargs):
+        r"""
+        Loads the frozen LLM of a slim model and checks that it is the one the model was trained with.
+
+        Args:
+            llm_name_or_path (`str` or `os.PathLike`, *optional*):
+                Name, folder or `.gguf` file. Defaults to `config.llm_name_or_path` at `config.llm_revision`.
+            check (`bool`, *optional*, defaults to `True`):
+                Whether the LLM's weights must match `config.llm_fingerprint`. Switch it off only for other versions
+                of the same weights, such as a quantized one.
+            llm_kwargs:
+                Arguments of the LLM's `from_pretrained`.
+
+        Raises:
+            OSError: if there is no LLM at that place.
+            ValueError: if it is another LLM than the one the model was trained with.
+        """
+        source = llm_name_or_path if llm_name_or_path is not None else self.config.llm_name_or_path
+        if source is None:
+            raise ValueError("The configuration names no LLM: pass `llm_name_or_path`.")
+        llm_kwargs = dict(llm_kwargs)
+        if llm_name_or_path is None:
+            llm_kwargs.setdefault("revision", self.config.llm_revision)
+            llm_kwargs.setdefault("gguf_file", self.config.llm_gguf_file)
+        attention = getattr(self.config.llm_config, "_attn_implementation", None)
+        if attention is not None:
+            llm_kwargs.setdefault("attn_implementation", attention)
+        llm_kwargs.setdefault("dtype", self.dtype)
+        name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
+        if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
+            llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
+        try:
+            llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
+        except OSError as error:
+            raise OSError(
+                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\nSay where it is on this "
+                "machine with `from_pretrained(..., llm_name_or_path=...)`."
+            ) from error
+        check_same_architecture(llm_config, self.config.llm_config, source)
+        self._set_llm(llm)
+        if check and self.config.llm_fingerprint:
+            check_fingerprint(self.llm, self.config.llm_fingerprint, source)
+        if "device_map" not in llm_kwargs:
+            self.llm.to(self.device)
+        self._skip_llm_when_saving()
+        return self
+
+    def save_pretrained(self, save_directory, *args, include_llm: bool | None = None, **kwargs):
+        r"""
+        Saves projector and SLM (slim), or everything. Takes what every `save_pretrained` takes, and:
+
+        Args:
+            include_llm (`bool`, *optional*):
+                Whether the LLM's weights go into the checkpoint. Defaults to `False` for an LLM that can be loaded
+                again from its own place, and to `True` for one that has none (it was passed as an object).
+
+        Raises:
+            ValueError: for `include_llm=True` on a model without its LLM, for `include_llm=False` on one whose LLM has
+                no place of its own, and for `safe_serialization=False`.
+        """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise ValueError("Checkpoints are safetensors only: `safe_serialization=False` is not supported.")
+        if include_llm is None:
+            include_llm = self.config.include_llm or self.config.llm_name_or_path is None
+        if include_llm and self.llm is None:
+            raise ValueError("`include_llm=True`, but the LLM is not loaded: call `load_llm()` first.")
+        if not include_llm and self.config.llm_name_or_path is None:
+            raise ValueError(
+                "A slim checkpoint names its LLM, but `config.llm_name_or_path` is None. Set it to where the LLM can "
+                "be loaded from, or save with `include_llm=True`."
+            )
+        included_before = self.config.include_llm
+        self.config.include_llm = include_llm
+        self._skip_llm_when_saving()
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.include_llm = included_before
+            self._skip_llm_when_saving()
+
+    def _skip_llm_when_saving(self):
+        """The Trainer asks for exactly these keys too, when it loads one of its checkpoints back."""
+        slim = self.llm is not None and not self.config.include_llm and self.config.llm_name_or_path is not None
+        keys = {f"llm.{key}" for key in self.llm.state_dict()} if slim else set()
+        self._keys_to_ignore_on_save = keys
+
+    # --------------------------------------------------------------------------------------------- frozen, whatever
+    def train(self, mode: bool = True):
+        """Sets projector and SLM to training mode; the frozen LLM stays in eval mode."""
+        super().train(mode)
+        if self.llm is not None:
+            self.llm.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Switches gradients of projector and SLM; the LLM stays frozen."""
+        super().requires_grad_(requires_grad)
+        if self.llm is not None:
+            self.llm.requires_grad_(False)
+        return self
+
+    # Token embeddings, head and vocabulary are the SLM's: it writes the response.
+    def get_input_embeddings(self):
+        return self.slm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.slm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.slm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.slm.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Resizes the SLM's vocabulary."""
+        embeddings = self.slm.resize_token_embeddings(*args, **kwargs)
+        self.config.slm_config = self.slm.config
+        return embeddings
+
+    def get_decoder(self):
+        return self.slm.get_decoder()
+
+    # ----------------------------------------------------------------------------------------------- encode a prompt
+    def encode_prompt(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_hidden_states: torch.Tensor | None = None,
+    ) -> PromptEncoding:
+        r"""
+        Encodes the prompt with the frozen LLM and projects it to the SLM's width (paper, section 3).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
+                Prompt ids of the *LLM's* tokenizer. Needed without `prompt_hidden_states`, and with them if
+                `fusion="add"` adds to the SLM's own embeddings.
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
+                1 for tokens, 0 for padding on either side. All ones if omitted.
+            prompt_hidden_states (`torch.Tensor`, *optional*):
+                The LLM's states of this prompt, of shape `(batch_size, prompt_length, prompt_hidden_size)`, from
+                [`~LLM2SLMForConditionalGeneration.encode_hidden_states`]. Given, the LLM is not run, and need not be
+                loaded.
+
+        Returns:
+            [`PromptEncoding`] with `prompt_embeds` of shape `(batch_size, prompt_length, slm_hidden_size)`.
+
+        Raises:
+            ValueError: if shapes disagree, a row has no token, ids are outside the LLM's vocabulary, the prompt is
+                longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
+        """
+        if prompt_hidden_states is None:
+            attention_mask = self._check_prompt_ids(input_ids, attention_mask)
+            prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
+        else:
+            attention_mask = self._check_prompt_states(
+                "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
+            )
+        device = self.projector.out.weight.device
+        attention_mask = attention_mask.to(device)
+        # Padded positions may hold anything, NaN too; the SLM masks them, but 0 * NaN is NaN.
+        prompt_hidden_states = prompt_hidden_states.to(device).masked_fill(attention_mask[:, :, None] == 0, 0.0)
+        prompt_embeds = self.projector(prompt_hidden_states)  # (batch_size, prompt_length, slm_hidden_size)
+        if self.config.fusion == "add" and self.config.shared_tokenizer:
+            if input_ids is None:
+                raise ValueError(
+                    "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
+                    "`input_ids` with `prompt_hidden_states`."
+                )
+            if input_ids.shape != attention_mask.shape:
+                raise ValueError(
+                    f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
+                    f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
+                )
+            prompt_embeds = prompt_embeds + self.slm.get_input_embeddings()(input_ids.to(device))
+        return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
+
+    @torch.no_grad()
+    def encode_hidden_states(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        r"""
+        Runs the frozen LLM and returns the states the projector reads, of shape
+        `(batch_size, prompt_length, prompt_hidden_size)` in the LLM's dtype: those of `config.prompt_layers`,
+        concatenated. They depend on the LLM alone, so they can be cached for a whole training.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Ids of the LLM's tokenizer.
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): All ones if omitted.
+
+        Raises:
+            ValueError: if the LLM is not loaded, or ids and mask are invalid (see `encode_prompt`).
+        """
+        attention_mask = self._check_prompt_ids(input_ids, attention_mask)
+        if self.llm is None:
+            raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
+        # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
+        order = _padding_order(attention_mask.to(self.llm.device), "right")
+        arguments = {
+            "input_ids": input_ids.to(self.llm.device).gather(1, order),
+            "attention_mask": attention_mask.to(self.llm.device).gather(1, order),
+        }
+        if "use_cache" in inspect.signature(self.llm.forward).parameters:
+            arguments["use_cache"] = False
+        num_layers = self.config.llm_text_config.num_hidden_layers
+        with _record_layer_states(self.llm, self.config.prompt_layers, num_layers) as states:
+            output = self.llm(**arguments, return_dict=True)
+        states[num_layers] = output.last_hidden_state
+        hidden_states = torch.cat([states[layer] for layer in self.config.prompt_layers], dim=-1)
+        return _reordered(hidden_states, order.argsort(dim=1))  # (batch_size, prompt_length, prompt_hidden_size)
+
+    def _check_prompt_ids(self, input_ids, attention_mask):
+        if input_ids is None:
+            raise ValueError("Pass the prompt: `input_ids`, `prompt_hidden_states` or `prompt_embeds`.")
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"`input_ids` must have shape (batch_size, prompt_length) with at least one token, got "
+                f"{tuple(input_ids.shape)}."
+            )
+        attention_mask = _check_attention_mask(attention_mask, "input_ids", input_ids)
+        llm_config = self.config.llm_text_config
+        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        if lowest < 0 or highest >= llm_config.vocab_size:
+            raise ValueError(
+                f"`input_ids` must be ids of the LLM's tokenizer, from 0 to {llm_config.vocab_size - 1}; found "
+                f"{lowest if lowest < 0 else highest}."
+            )
+        self._check_prompt_length("LLM", llm_config, attention_mask)
+        self._check_prompt_length("SLM", self.config.slm_config.get_text_config(), attention_mask)
+        return attention_mask
+
+    def _check_prompt_states(self, name, states, width, attention_mask):
+        if states.ndim != 3 or states.shape[-1] != width or states.shape[1] == 0:
+            raise ValueError(
+                f"`{name}` must have shape (batch_size, prompt_length, {width}), got {tuple(states.shape)}."
+            )
+        attention_mask = _check_attention_mask(attention_mask, name, states)
+        if not torch.isfinite(states.masked_fill(attention_mask[:, :, None].to(states.device) == 0, 0.0)).all():
+            raise ValueError(f"`{name}` has NaN or infinite values at positions that are not masked.")
+        self._check_prompt_length("SLM", self.config.slm_config.get_text_config(), attention_mask)
+        return attention_mask
+
+    def _check_prompt_length(self, model_name, config, attention_mask):
+        limit, length = getattr(config, "max_position_embeddings", None), int(attention_mask.sum(dim=1).max())
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"The prompt has {length} tokens, but the {model_name} ({config.model_type}) has {limit} positions. "
+                f"Tokenize with `truncation=True, max_length={limit}`, or choose a model with more positions."
+            )
+
+    # ------------------------------------------------------------------------------------------------------- forward
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """Shifts `labels` of shape `(batch_size, response_length)` right, behind the decoder's start token."""
+        decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        decoder_input_ids[:, 1:] = labels[:, :-1]
+        pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
+        return decoder_input_ids.masked_fill(decoder_input_ids == -100, pad_token_id)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        prompt_hidden_states: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput | tuple:
+        r"""
+        Scores a response to a prompt.
+
+        Args:
+            input_ids, attention_mask, prompt_hidden_states:
+                The prompt, as in `encode_prompt`.
+            labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*):
+                The response's ids of the *SLM's* tokenizer; -100 is ignored. Not shifted: `logits[:, i]` predicts
+                `labels[:, i]`.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*):
+                The response shifted right behind `config.decoder_start_token_id`; made from `labels` if omitted. A
+                decoder-only SLM does not see the start token: the prompt's last position takes its place.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch_size, response_length)`, *optional*):
+                1 for tokens, 0 for padding. Made from `labels` if omitted.
+            prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
+                An already encoded prompt; the LLM and the projector are not run.
+            num_items_in_batch (`int`, *optional*):
+                Number of labels in the whole batch that the Trainer accumulates; the loss is then their sum by it.
+
+        Returns:
+            `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
+            `(batch_size, response_length, vocab_size)`; `encoder_last_hidden_state` is what the response attends to:
+            the SLM encoder's output, or the prompt embeddings of a decoder-only SLM.
+
+        Raises:
+            ValueError: if there is neither `labels` nor `decoder_input_ids`, if all labels are -100 or one is outside
+                the SLM's vocabulary, and for an invalid prompt (see `encode_prompt`).
+        """
+        return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        if labels is not None:
+            self._check_labels(labels)
+            if decoder_attention_mask is None:
+                # Position i is fed label i - 1; the first is the start token.
+                fed = (labels[:, :-1] != -100).long()
+                decoder_attention_mask = torch.cat([torch.ones_like(labels[:, :1]), fed], dim=1)
+        outputs_wanted = {
+            name: value
+            for name, value in (
+                ("output_hidden_states", output_hidden_states),
+                ("output_attentions", output_attentions),
+            )
+            if value is not None
+        }
+        if self.config.slm_config.is_encoder_decoder:
+            if decoder_input_ids is None and labels is not None:
+                decoder_input_ids = self.slm.prepare_decoder_input_ids_from_labels(labels)
+            _check_decoder_input_ids(decoder_input_ids)
+            output = self.slm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                use_cache=False,
+                return_dict=True,
+                **outputs_wanted,
+            )
+            output = Seq2SeqLMOutput(**{name: value for name, value in output.items() if name != "loss"})
+        else:
+            if decoder_input_ids is None and labels is not None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            _check_decoder_input_ids(decoder_input_ids)
+            output = self._decoder_only_forward(
+                embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
+            )
+        if labels is not None:
+            loss = _response_loss(output.logits, labels, num_items_in_batch)
+            output = Seq2SeqLMOutput(loss=loss, **output)
+        return output if return_dict else output.to_tuple()
+
+    def _decoder_only_forward(
+        self, prompt_embeds, prompt_mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
+    ):
+        """One sequence: padding, prompt, response, padding. The prompt's last position predicts the first label."""
+        response_ids = decoder_input_ids[:, 1:].to(prompt_embeds.device)
+        response_mask = torch.ones_like(response_ids)
+        if decoder_attention_mask is not None:
+            response_mask = decoder_attention_mask[:, 1:]
+        response_embeds = self.slm.get_input_embeddings()(response_ids).to(prompt_embeds.dtype)
+        inputs_embeds = torch.cat([prompt_embeds, response_embeds], dim=1)  # (batch, prompt + response - 1, hidden)
+        mask = torch.cat([prompt_mask, response_mask.to(prompt_mask)], dim=1)
+        arguments = inspect.signature(self.slm.forward).parameters
+        optional = dict(outputs_wanted)
+        if "position_ids" in arguments:
+            optional["position_ids"] = _position_ids(mask)
+        response_length = decoder_input_ids.shape[1]
+        if "logits_to_keep" in arguments:  # no head for the prompt's positions
+            optional["logits_to_keep"] = response_length
+        output = self.slm(
+            inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, return_dict=True, **optional
+        )
+        hidden_states, attentions = output.get("hidden_states"), output.get("attentions")
+        return Seq2SeqLMOutput(
+            logits=output.logits[:, -response_length:],  # (batch_size, response_length, vocab_size)
+            decoder_hidden_states=hidden_states and tuple(state[:, -response_length:] for state in hidden_states),
+            decoder_attentions=attentions and tuple(weights[:, :, -response_length:] for weights in attentions),
+            encoder_last_hidden_state=prompt_embeds,
+        )
+
+    def _prompt_for_slm(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
+        """Embeddings and mask of the prompt, padded on the side that the SLM's positions are right with."""
+        if prompt_embeds is None:
+            encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
+            prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
+        else:
+            mask = self._check_prompt_states(
+                "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
+            ).to(prompt_embeds.device)
+        order = _padding_order(mask, "right" if self.config.slm_config.is_encoder_decoder else "left")
+        return _reordered(prompt_embeds, order), mask.gather(1, order)
+
+    def _check_labels(self, labels):
+        highest, lowest = int(labels.max()), int(labels.masked_fill(labels == -100, 0).min())
+        if highest == -100:
+            raise ValueError("All `labels` are -100: there is no response to learn from.")
+        if highest >= self.config.vocab_size or lowest < 0:
+            raise ValueError(
+                f"`labels` must be ids of the SLM's tokenizer, from 0 to {self.config.vocab_size - 1}, or -100; found "
+                f"{lowest if lowest < 0 else highest}."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ generate
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config=None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_hidden_states: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        r"""
+        Writes the response: encodes and projects the prompt exactly once, the SLM does the rest. Takes every argument
+        of [`~transformers.GenerationMixin.generate`].
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
+                Same as `input_ids`.
+            input_ids, attention_mask, prompt_hidden_states:
+                The prompt, as in `encode_prompt`.
+            prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
+                An encoded prompt, from `encode_prompt`: many calls, one encode.
+
+        Returns:
+            The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`.
+            An encoder-decoder SLM's begin with its start token, as everywhere in Transformers. `max_length` and
+            `max_new_tokens` both mean the response.
+
+        Raises:
+            ValueError: for an invalid prompt (see `encode_prompt`), and if the model is used as the `assistant_model`
+                of a decoder-only LLM.
+        """
+        # 1. One generation config: this model's, with the call's arguments on top.
+        generation_config = copy.deepcopy(
+            generation_config if generation_config is not None else self.generation_config
+        )
+        model_kwargs = generation_config.update(**kwargs)
+        if generation_config.is_assistant:
+            raise ValueError(
+                "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written "
+                "so far for a new prompt and draft nonsense."
+            )
+        # 2. The Trainer passes the whole batch; the response is what is asked for here.
+        for name in ("labels", "shift_labels", "decoder_input_ids", "decoder_attention_mask"):
+            model_kwargs.pop(name, None)
+        # Stop strings are matched against the SLM's vocabulary.
+        if hasattr(model_kwargs.get("tokenizer"), "slm_tokenizer"):
+            model_kwargs["tokenizer"] = model_kwargs["tokenizer"].slm_tokenizer
+        # 3. Prompt phase: the only place where the LLM runs.
+        input_ids = inputs if input_ids is None else input_ids
+        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        if not self.config.slm_config.is_encoder_decoder:
+            if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
+                mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
+            _lengths_mean_the_response(generation_config)
+        # 4. Decode: the SLM alone.
+        return self.slm.generate(
+            inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
+        )
+
+
+# ------------------------------------------------------------------------------------------------- tensors and masks
+def _check_attention_mask(attention_mask, name, tensor):
+    if attention_mask is None:
+        return torch.ones(tensor.shape[:2], dtype=torch.long, device=tensor.device)
+    if attention_mask.shape != tensor.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` must have shape {tuple(tensor.shape[:2])} like `{name}`, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    empty = (attention_mask != 0).sum(dim=1) == 0
+    if empty.any():
+        raise ValueError(f"Row {int(empty.long().argmax())} of `attention_mask` has no token: its prompt is empty.")
+    return attention_mask.long()
+
+
+def _check_decoder_input_ids(decoder_input_ids):
+    if decoder_input_ids is None:
+        raise ValueError("Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`.")
+
+
+def _padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
+    """The order of positions that moves padding to `side` and keeps the tokens' own order."""
+    return torch.argsort((mask != 0).long(), dim=1, stable=True, descending=side == "right")
+
+
+def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return tensor.gather(1, order[:, :, None].expand_as(tensor))
+
+
+def _position_ids(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _response_loss(logits, labels, num_items_in_batch):
+    labels = labels.to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def _lengths_mean_the_response(generation_config):
+    """With `inputs_embeds` a decoder-only `generate` counts the prompt in `max_length` and `min_length`."""
+    if generation_config.max_new_tokens is None and generation_config.max_length is not None:
+        generation_config.max_new_tokens, generation_config.max_length = generation_config.max_length, None
+    if generation_config.min_new_tokens is None and generation_config.min_length:
+        generation_config.min_new_tokens, generation_config.min_length = generation_config.min_length, None
+
+
+@torch.no_grad()
+def _init_linear(linear: nn.Linear, output_std: float):
+    """Outputs of standard deviation `output_std` for inputs of standard deviation 1."""
+    linear.weight.normal_(mean=0.0, std=output_std / linear.in_features**0.5)
+    linear.bias.zero_()
+
+
+@contextmanager
+def _record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int):
+    """
+    Yields a dictionary that holds, after the LLM's forward, the states of the layers in `wanted`: 0 is the input of
+    the first layer, k the output of layer k. Not the last: that is what the LLM returns, after its final norm.
+    """
+    states: dict[int, torch.Tensor] = {}
+
+    def keep_input(module, args, kwargs):
+        states[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(layer):
+        def hook(module, args, output):
+            states[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles, inner = [], sorted(set(wanted) - {num_layers})
+    if inner:
+        layers = find_layers(llm, max(max(wanted), 1))
+        for layer in inner:
+            if layer == 0:
+                handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+            else:
+                handles.append(layers[layer - 1].register_forward_hook(keep_output(layer)))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = ["LLM2SLMForConditionalGeneration", "PromptEncoding"]
