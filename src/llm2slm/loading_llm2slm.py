@@ -24,15 +24,17 @@ from transformers.utils.hub import extract_commit_hash
 
 
 def slm_auto_class(config):
+    """What loads an SLM of this configuration, with its head."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def llm_auto_class(config):
-    # T5 has a class for its encoder alone, so the decoder is not even loaded.
+    """What loads an LLM of this configuration, without its head. T5's encoder has a class of its own: no decoder."""
     return AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
 
 
 def load_slm(name, **kwargs) -> PreTrainedModel:
+    """Loads a language model with its head by name, folder or GGUF file; `kwargs` are its `from_pretrained`'s."""
     name, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
@@ -40,6 +42,12 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
 
 
 def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, transformers.PretrainedConfig]:
+    """
+    Loads an LLM without its head; returns it with its configuration, since an encoder's own says less than that.
+
+    Raises:
+        ValueError: if weights are missing or of other shapes.
+    """
     kwargs |= _gguf_kwargs(gguf_file)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
@@ -113,6 +121,7 @@ def _quiet():
 
 # ------------------------------------------------------------------------------------------------- is it the right LLM
 def check_loading_info(info, what):
+    """Raises a `ValueError` if a `from_pretrained` left weights out or had to make some up."""
     for name, problem in (
         ("missing_keys", "lack"),
         ("mismatched_keys", "have other shapes for"),
@@ -124,6 +133,7 @@ def check_loading_info(info, what):
 
 
 def check_same_architecture(found, expected, source):
+    """Raises a `ValueError` if the LLM at `source` is of another kind or size than the one trained with."""
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if getattr(found, name, None) != getattr(expected, name, None):
             raise ValueError(
@@ -133,6 +143,7 @@ def check_same_architecture(found, expected, source):
 
 
 def shared_parameter(llm: nn.Module, slm: nn.Module) -> str | None:
+    """The name of a parameter of `slm` that is `llm`'s too, if there is one."""
     frozen = {parameter.data_ptr() for parameter in llm.parameters() if parameter.device.type != "meta"}
     return next((name for name, parameter in slm.named_parameters() if parameter.data_ptr() in frozen), None)
 
@@ -152,6 +163,7 @@ def fingerprint(llm: nn.Module, num_tensors: int = 16, num_values: int = 8) -> d
 
 
 def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
+    """Raises a `ValueError` if weights of `llm` are not those of the fingerprint; quantized ones are passed over."""
     parameters = dict(llm.named_parameters())
     for name, expected_hex in fingerprint.items():
         expected = torch.tensor(list(bytes.fromhex(expected_hex)), dtype=torch.uint8).view(torch.bfloat16).float()
@@ -174,6 +186,7 @@ def _sample(parameter: torch.Tensor, num_values: int) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------- the LLM's layers
 def find_layers(llm: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The list of the model's layers; raises a `ValueError` if it keeps them in no such list."""
     for module in llm.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module

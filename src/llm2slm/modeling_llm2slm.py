@@ -385,15 +385,19 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
+        """The SLM's token embeddings."""
         return self.slm.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Replaces the SLM's token embeddings."""
         self.slm.set_input_embeddings(value)
 
     def get_output_embeddings(self):
+        """The SLM's head."""
         return self.slm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings):
+        """Replaces the SLM's head."""
         self.slm.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -403,6 +407,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return embeddings
 
     def get_decoder(self):
+        """The SLM's decoder."""
         return self.slm.get_decoder()
 
     # ----------------------------------------------------------------------------------------------- encode a prompt

@@ -65,6 +65,7 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         return outputs
 
     def preprocess(self, inputs, chat_template_kwargs=None, **tokenizer_kwargs):
+        """A prompt, or a chat, to ids of the LLM's tokenizer."""
         if isinstance(inputs, str):
             if not inputs.strip():
                 raise ValueError("The prompt is empty.")
@@ -83,6 +84,7 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         return {"output_ids": ids.reshape(batch_size, ids.shape[0] // batch_size, -1)}
 
     def postprocess(self, model_outputs, return_tensors=False, clean_up_tokenization_spaces=False):
+        """The responses to one prompt, decoded by the SLM's tokenizer."""
         responses = model_outputs["output_ids"][0]  # (num_return_sequences, response_length)
         if return_tensors:
             return [{"generated_token_ids": ids} for ids in responses]

@@ -139,6 +139,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
     @property
     def chat_template(self):
+        """The LLM's."""
         return None if self.llm_tokenizer is None else self.llm_tokenizer.chat_template
 
     @chat_template.setter

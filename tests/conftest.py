@@ -1,0 +1,242 @@
+"""Tiny random models and tokenizers, built offline: each kind of LLM and SLM in the shape its users know."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MarianConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    RobertaConfig,
+    T5Config,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
+)
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+PAD, EOS, BOS, UNK = range(4)
+WORDS = ["user", "assistant", *(f"w{i}" for i in range(54))]
+CHARACTERS = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+MERGES = [("▁", character) for character in "abcdefghijklmnopqrstuvw"]
+LLM_VOCAB, SLM_VOCAB = 4 + len(WORDS), 4 + len(CHARACTERS) + len(MERGES)  # 60 and 64
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def build_llm_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, an end token behind each prompt, and a chat template."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[END]", "[START]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", EOS)])
+    special = {"pad_token": "[PAD]", "eos_token": "[END]", "bos_token": "[START]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
+
+
+def build_slm_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
+    """Letters, and letters behind a space; `template` says which special tokens it puts around a text."""
+    tokens = ["<pad>", "</s>", "<s>", "<unk>", *CHARACTERS, *("".join(merge) for merge in MERGES)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special_tokens = [("<s>", BOS), ("</s>", EOS)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+
+
+@pytest.fixture
+def llm_tokenizer():
+    return build_llm_tokenizer()
+
+
+@pytest.fixture
+def slm_tokenizer():
+    return build_slm_tokenizer()
+
+
+@pytest.fixture
+def tokenizer(llm_tokenizer, slm_tokenizer):
+    return LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+LLM_HIDDEN, SLM_HIDDEN, POSITIONS = 24, 32, 64
+SPECIAL_IDS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+
+
+def t5(hidden, vocab):
+    shape = {"d_model": hidden, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5Config(vocab_size=vocab, dropout_rate=0.0, decoder_start_token_id=PAD, **shape, **SPECIAL_IDS)
+
+
+def t5gemma(hidden, vocab):
+    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    attention = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "max_position_embeddings": POSITIONS}
+    stack = T5GemmaModuleConfig(vocab_size=vocab, **shape, **attention, **SPECIAL_IDS)
+    return T5GemmaConfig(encoder=stack.to_dict(), decoder=stack.to_dict(), vocab_size=vocab, **SPECIAL_IDS)
+
+
+def bert(hidden, vocab, config_class=BertConfig):
+    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return config_class(vocab_size=vocab, max_position_embeddings=POSITIONS, **shape, **SPECIAL_IDS)
+
+
+def roberta(hidden, vocab):
+    return bert(hidden, vocab, RobertaConfig)
+
+
+def bart(hidden, vocab, config_class=BartConfig):
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    shape = {"d_model": hidden, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    dropouts = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    ids = {**SPECIAL_IDS, "decoder_start_token_id": BOS, "forced_eos_token_id": None}
+    return config_class(vocab_size=vocab, max_position_embeddings=POSITIONS, **heads, **shape, **dropouts, **ids)
+
+
+def marian(hidden, vocab):
+    config = bart(hidden, vocab, MarianConfig)
+    config.update({"scale_embedding": True, "decoder_start_token_id": PAD, "decoder_vocab_size": vocab})
+    return config
+
+
+def llama(hidden, vocab, config_class=LlamaConfig, **fields):
+    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    attention = {"num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
+    return config_class(vocab_size=vocab, **shape, **attention, **SPECIAL_IDS, **fields)
+
+
+def qwen2(hidden, vocab):
+    return llama(hidden, vocab, Qwen2Config, tie_word_embeddings=True)
+
+
+def gemma3(hidden, vocab):
+    """A sliding window shorter than the prompts, and one layer that sees everything."""
+    layer_types = ["sliding_attention", "full_attention"]
+    return llama(hidden, vocab, Gemma3TextConfig, head_dim=8, sliding_window=4, layer_types=layer_types)
+
+
+def gpt2(hidden, vocab):
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = {"n_embd": hidden, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+    return GPT2Config(vocab_size=vocab, **shape, **dropouts, **SPECIAL_IDS)
+
+
+LLM_KINDS = {f.__name__: f for f in (t5, t5gemma, bert, bart, roberta, llama, gemma3, gpt2)}
+SLM_KINDS = {f.__name__: f for f in (t5, bart, marian, llama, gpt2, qwen2, gemma3)}
+FUSIONS = {
+    "replace": {},
+    "add_shared": {"fusion": "add", "shared_tokenizer": True},
+    "add_different": {"fusion": "add"},
+}
+
+
+@torch.no_grad()
+def jitter(module, std=0.2):
+    """Moves the weights from where they start (biases at 0, norms at 1), so that no two outputs are alike."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter) * std)
+    return module
+
+
+def build_llm(kind="llama", seed=0):
+    torch.manual_seed(seed)
+    config = LLM_KINDS[kind](LLM_HIDDEN, LLM_VOCAB)
+    if config.is_encoder_decoder:
+        llm = AutoModelForSeq2SeqLM.from_config(config)
+    elif kind in ("bert", "roberta"):
+        llm = transformers.AutoModel.from_config(config)
+    else:
+        llm = AutoModelForCausalLM.from_config(config)
+    return jitter(llm).eval()
+
+
+def build_slm(kind="t5", seed=1):
+    torch.manual_seed(seed)
+    config = SLM_KINDS[kind](SLM_HIDDEN, SLM_VOCAB)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return jitter(auto_class.from_config(config)).eval()
+
+
+def build_model(llm="llama", slm="t5", llm_kwargs=None, **config) -> LLM2SLMForConditionalGeneration:
+    """`llm` and `slm` are kinds; `llm` may also be the folder of a saved LLM, which makes the checkpoint slim."""
+    llm = build_llm(llm) if llm in LLM_KINDS else llm
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        llm, build_slm(slm), llm_kwargs=llm_kwargs, **config
+    )
+    torch.manual_seed(2)
+    jitter(model.projector)
+    return model
+
+
+@pytest.fixture
+def llm_folder(tmp_path):
+    build_llm("llama").save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+# ---------------------------------------------------------------------------------------------- prompts and responses
+def build_prompts(lengths=(5, 9, 3), seed=3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, LLM_VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def padded(prompts, side="left") -> dict[str, torch.Tensor]:
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), PAD)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        place = slice(length - len(prompt), length) if side == "left" else slice(len(prompt))
+        ids[i, place], mask[i, place] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def build_labels(rows=3, length=6, seed=4) -> torch.Tensor:
+    labels = torch.randint(4, SLM_VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    labels[1::2, length - 2 :] = -100
+    return labels
+
+
+def response_tokens(model, row) -> list[int]:
+    """What the SLM wrote, up to the end token."""
+    tokens = row.tolist()[1:] if model.config.slm_config.is_encoder_decoder else row.tolist()
+    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+
+
+def response_length(model, ids) -> int:
+    return ids.shape[1] - model.config.slm_config.is_encoder_decoder
+
+
+@pytest.fixture
+def count_calls():
+    """A function that counts a module's forwards from then on; its result grows by one entry for each."""
+    handles = []
+
+    def count(module):
+        calls = []
+        handles.append(module.register_forward_pre_hook(lambda *_: calls.append(1)))
+        return calls
+
+    yield count
+    for handle in handles:
+        handle.remove()

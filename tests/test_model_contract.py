@@ -1,0 +1,271 @@
+"""What holds for every kind of LLM, every kind of SLM and every fusion."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from conftest import (
+    FUSIONS,
+    LLM_KINDS,
+    SLM_KINDS,
+    build_labels,
+    build_llm,
+    build_model,
+    build_prompts,
+    build_slm,
+    build_slm_tokenizer,
+    padded,
+    response_tokens,
+)
+from transformers import AutoModelForMaskedLM, TextIteratorStreamer
+
+from llm2slm import LLM2SLMForConditionalGeneration
+
+MATRIX = list(itertools.product(LLM_KINDS, SLM_KINDS, FUSIONS))
+PROMPTS = build_prompts()
+LABELS = build_labels()
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module", params=MATRIX, ids="-".join)
+def model(request):
+    """One model for all tests of a combination: a test that changes it builds its own."""
+    llm, slm, fusion = request.param
+    return build_model(llm, slm, **FUSIONS[fusion])
+
+
+def greedy(model, prompt, **kwargs):
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
+    return model.generate(**prompt, **kwargs)
+
+
+def test_a_batch_padded_on_either_side_writes_what_single_prompts_write(model):
+    single = [response_tokens(model, greedy(model, {"input_ids": prompt[None]})[0]) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in single}) > 1  # the prompt matters
+    for side in ("left", "right"):
+        assert [response_tokens(model, row) for row in greedy(model, padded(PROMPTS, side))] == single, side
+
+
+@torch.no_grad()
+def test_a_batch_padded_on_either_side_scores_like_single_prompts(model):
+    single = torch.cat([model(input_ids=p[None], labels=LABELS[i, None]).logits for i, p in enumerate(PROMPTS)])
+    assert (single[0] - single[2]).abs().max() > 0.1
+    for side in ("left", "right"):
+        logits = model(**padded(PROMPTS, side), labels=LABELS).logits
+        torch.testing.assert_close(logits[LABELS != -100], single[LABELS != -100], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cached_decoding_has_the_logits_of_one_teacher_forced_forward_and_greedy_takes_the_best(model):
+    output = greedy(model, padded(PROMPTS), num_beams=1, output_logits=True, return_dict_in_generate=True)
+    cached = torch.stack(output.logits, dim=1)  # (batch_size, response_length, vocab_size)
+    response = output.sequences[:, 1:] if model.config.slm_config.is_encoder_decoder else output.sequences
+    start = torch.full_like(response[:, :1], model.config.decoder_start_token_id)
+    decoder_input_ids = torch.cat([start, response[:, :-1]], dim=1)
+    uncached = model(**padded(PROMPTS), decoder_input_ids=decoder_input_ids).logits
+    torch.testing.assert_close(cached, uncached, atol=2e-4, rtol=1e-4)
+    for row, best in zip(output.sequences, uncached.argmax(-1), strict=True):
+        written = response_tokens(model, row)
+        assert best.tolist()[: len(written)] == written
+    assert greedy(model, padded(PROMPTS)).equal(output.sequences)
+
+
+def test_a_static_cache_writes_what_a_dynamic_one_writes(model):
+    dynamic = greedy(model, padded(PROMPTS))
+    static = greedy(model, padded(PROMPTS), cache_implementation="static", disable_compile=True)
+    assert [response_tokens(model, row) for row in static] == [response_tokens(model, row) for row in dynamic]
+
+
+def test_the_llm_reads_the_prompt_exactly_once_in_generate(model, count_calls):
+    calls = count_calls(model.llm)
+    greedy(model, padded(PROMPTS))
+    assert len(calls) == 1
+    greedy(model, padded(PROMPTS), max_new_tokens=3, num_beams=2, num_return_sequences=2)
+    assert len(calls) == 2
+
+
+def test_encoded_prompts_are_reused_without_the_llm(model, count_calls):
+    ids = greedy(model, padded(PROMPTS))
+    encoding = model.encode_prompt(**padded(PROMPTS))
+    calls = count_calls(model.llm)
+    assert greedy(model, encoding).equal(ids)
+    assert not calls
+
+
+@torch.no_grad()
+def test_cached_features_give_the_loss_of_live_ones(model, count_calls):
+    prompt = padded(PROMPTS)
+    live = model(**prompt, labels=LABELS).loss
+    features = model.encode_hidden_states(**prompt)
+    assert features.shape == (*prompt["input_ids"].shape, model.config.prompt_hidden_size)
+    calls = count_calls(model.llm)
+    assert model(**prompt, prompt_hidden_states=features, labels=LABELS).loss.equal(live)
+    other = model(**prompt, prompt_hidden_states=features.flip(0), labels=LABELS).loss
+    assert (other - live).abs() > 1e-4  # the features matter
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_bit_equal(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, info = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == found.keys()
+    assert [name for name in saved if not saved[name].equal(found[name])] == []
+    assert loaded(**padded(PROMPTS), labels=LABELS).logits.equal(model(**padded(PROMPTS), labels=LABELS).logits)
+    assert greedy(loaded, padded(PROMPTS)).equal(greedy(model, padded(PROMPTS)))
+
+
+@pytest.mark.parametrize(("llm", "slm", "fusion"), MATRIX, ids=map("-".join, MATRIX))
+def test_training_changes_projector_and_slm_and_nothing_of_the_llm(llm, slm, fusion):
+    model = build_model(llm, slm, **FUSIONS[fusion]).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = model(**padded(PROMPTS), labels=LABELS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    same = {name for name, parameter in model.named_parameters() if parameter.equal(before[name])}
+    llm_names = {f"llm.{name}" for name, _ in model.llm.named_parameters()}
+    assert llm_names <= same
+    # "replace" does not use the embeddings of an encoder's positions or types, where the SLM has them apart.
+    assert {name for name in same - llm_names if not name.startswith("slm.model.encoder.embed_positions")} == set()
+
+
+# ------------------------------------------------------------------------------------------------ one part at a time
+@pytest.mark.parametrize("slm", SLM_KINDS)
+def test_the_llm_reads_the_prompt_once_however_the_slm_decodes(slm, count_calls):
+    model = build_model(slm=slm)
+    for decoding in (
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "num_return_sequences": 3, "early_stopping": True},
+        {"use_cache": False},
+    ):
+        calls = count_calls(model.llm)
+        greedy(model, padded(PROMPTS), **decoding)
+        assert len(calls) == 1, decoding
+    calls = count_calls(model.llm)
+    streamer = TextIteratorStreamer(build_slm_tokenizer(), timeout=60)
+    kwargs = {"input_ids": PROMPTS[0][None], "max_new_tokens": NEW_TOKENS, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, kwargs=kwargs)
+    thread.start()
+    assert list(streamer)
+    thread.join()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("slm", SLM_KINDS)
+@torch.no_grad()
+def test_adding_nothing_to_a_shared_tokenizers_embeddings_is_the_slm_itself(slm):
+    model = build_model(slm=slm, fusion="add", shared_tokenizer=True)
+    model.projector.out.weight.zero_()
+    model.projector.out.bias.zero_()
+    ids, labels = PROMPTS[1][None], LABELS[:1]
+    if model.config.slm_config.is_encoder_decoder:
+        expected = model.slm(input_ids=ids, labels=labels).logits
+    else:
+        expected = model.slm(input_ids=torch.cat([ids, labels[:, :-1]], dim=1)).logits[:, -labels.shape[1] :]
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def hidden_states(llm, prompt):
+    """The states of one prompt, all layers, as Transformers itself gives them."""
+    llm = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
+    return llm(input_ids=prompt[None], output_hidden_states=True).hidden_states
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, -1, -2, [1], [0, 2], [2, 0, 1], [-1, -3]], ids=str)
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_the_layers_read_are_those_of_output_hidden_states(kind, layer):
+    model = build_model(kind, llm_layer=layer)
+    reference = build_llm(kind)
+    layers = layer if isinstance(layer, list) else [layer]
+    for side in ("left", "right"):
+        prompt = padded(PROMPTS, side)
+        states = model.encode_hidden_states(**prompt)
+        for i, tokens in enumerate(PROMPTS):
+            all_states = hidden_states(reference, tokens)
+            expected = torch.cat([all_states[k] for k in layers], dim=-1)[0]
+            found = states[i, prompt["attention_mask"][i] == 1]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["replace", "add_different"])
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_layers_above_the_highest_one_read_are_not_kept(kind, fusion):
+    whole = build_model(kind, **FUSIONS[fusion])
+    cut = build_model(kind, llm_layer=1, **FUSIONS[fusion])
+    gone = {name for name, _ in whole.llm.named_parameters()} - {name for name, _ in cut.llm.named_parameters()}
+    assert gone and all(".1." in name for name in gone)  # the second layer, and nothing else
+    assert {name for name in whole.llm.state_dict() if name in gone} == gone
+    assert not gone & set(cut.llm.state_dict())
+    assert (
+        build_model(kind, llm_layer=0).llm.num_parameters() == cut.llm.num_parameters()
+    )  # one layer stays: its input
+
+
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_an_llm_passed_as_an_object_is_not_changed_by_reading_a_lower_layer(kind):
+    llm = build_llm(kind)
+    before, names = hidden_states(llm, PROMPTS[1]), list(llm.state_dict())
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, build_slm(), llm_layer=1)
+    model.encode_prompt(**padded(PROMPTS))
+    assert list(llm.state_dict()) == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llm.modules())
+    for found, expected in zip(hidden_states(llm, PROMPTS[1]), before, strict=True):
+        assert found.equal(expected)
+    shared = {parameter.data_ptr() for parameter in llm.parameters()}
+    assert {parameter.data_ptr() for parameter in model.llm.parameters()} < shared  # and not copied
+
+
+def test_the_head_of_an_encoder_passed_as_an_object_is_not_read():
+    torch.manual_seed(0)
+    llm = AutoModelForMaskedLM.from_config(LLM_KINDS["bert"](24, 60)).eval()
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, build_slm())
+    expected = hidden_states(llm, PROMPTS[0])[-1]
+    torch.testing.assert_close(model.encode_hidden_states(PROMPTS[0][None]), expected)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "projector", [{"projector_type": "linear"}, {"projector_norm": None}, {"llm_layer": [0, 1, 2]}]
+)
+@torch.no_grad()
+def test_each_projector_maps_to_the_slms_width_and_matters(fusion, projector):
+    model = build_model(**FUSIONS[fusion], **projector)
+    encoding = model.encode_prompt(**padded(PROMPTS))
+    assert encoding.prompt_embeds.shape == (3, 9, model.config.slm_hidden_size)
+    assert encoding.attention_mask.equal(padded(PROMPTS)["attention_mask"])
+    loss = model(**padded(PROMPTS), labels=LABELS).loss
+    model.projector.out.weight.neg_()
+    assert (model(**padded(PROMPTS), labels=LABELS).loss - loss).abs() > 1e-3
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+@torch.no_grad()
+def test_a_fresh_projector_speaks_at_the_scale_of_the_slms_embeddings(slm):
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(build_llm(), build_slm(slm))
+    embeds = model.encode_prompt(**padded(build_prompts((60, 60)))).prompt_embeds
+    assert embeds.std() == pytest.approx(model.get_input_embeddings().weight.std().item(), rel=0.5)
+
+
+@pytest.mark.parametrize("slm", ["t5", "gpt2"])
+def test_the_loss_is_the_mean_over_labels_or_their_sum_by_the_trainers_count(slm):
+    model = build_model(slm=slm)
+    whole = model(**padded(PROMPTS), labels=LABELS)
+    count = (LABELS != -100).sum()
+    expected = torch.nn.functional.cross_entropy(whole.logits[LABELS != -100], LABELS[LABELS != -100])
+    torch.testing.assert_close(whole.loss, expected)
+    # Two steps of accumulation, of 1 and 2 rows, give the loss of the whole batch.
+    parts = [
+        model(**{k: v[rows] for k, v in padded(PROMPTS).items()}, labels=LABELS[rows], num_items_in_batch=count).loss
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(sum(parts), whole.loss)

