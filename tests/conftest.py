@@ -152,10 +152,10 @@ FUSIONS = {
 
 
 @torch.no_grad()
-def jitter(module, std=0.2):
-    """Moves the weights from where they start (biases at 0, norms at 1), so that no two outputs are alike."""
+def jitter(module, std=0.3):
+    """Moves the weights from where they start: biases from 0, norms from 1, matrices far, so that outputs vary."""
     for parameter in module.parameters():
-        parameter.add_(torch.randn_like(parameter) * std)
+        parameter.add_(torch.randn_like(parameter) * (std if parameter.ndim > 1 else std / 5))
     return module
 
 

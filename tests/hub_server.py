@@ -30,6 +30,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -887,6 +888,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments=None) -> None:
     options = make_parser().parse_args(arguments)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also where a shell started it in the background, without SIGINT
+        signal.signal(stop, signal.default_int_handler)
     with HubServer(options.folder, lfs=not options.no_lfs, port=options.port) as hub:
         print(f"Serving {options.folder}; Ctrl+C stops. In another shell:")
         print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={hub.token} HF_HUB_DISABLE_XET=1", flush=True)

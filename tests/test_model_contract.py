@@ -41,10 +41,13 @@ def greedy(model, prompt, **kwargs):
 
 
 def test_a_batch_padded_on_either_side_writes_what_single_prompts_write(model):
-    single = [response_tokens(model, greedy(model, {"input_ids": prompt[None]})[0]) for prompt in PROMPTS]
+    def written(prompt):  # no token twice, so that one favourite does not hide what the others do
+        return [response_tokens(model, row) for row in greedy(model, prompt, no_repeat_ngram_size=1)]
+
+    single = [written({"input_ids": prompt[None]})[0] for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in single}) > 1  # the prompt matters
     for side in ("left", "right"):
-        assert [response_tokens(model, row) for row in greedy(model, padded(PROMPTS, side))] == single, side
+        assert written(padded(PROMPTS, side)) == single, side
 
 
 @torch.no_grad()
@@ -96,13 +99,13 @@ def test_encoded_prompts_are_reused_without_the_llm(model, count_calls):
 @torch.no_grad()
 def test_cached_features_give_the_loss_of_live_ones(model, count_calls):
     prompt = padded(PROMPTS)
-    live = model(**prompt, labels=LABELS).loss
+    live = model(**prompt, labels=LABELS)
     features = model.encode_hidden_states(**prompt)
     assert features.shape == (*prompt["input_ids"].shape, model.config.prompt_hidden_size)
     calls = count_calls(model.llm)
-    assert model(**prompt, prompt_hidden_states=features, labels=LABELS).loss.equal(live)
-    other = model(**prompt, prompt_hidden_states=features.flip(0), labels=LABELS).loss
-    assert (other - live).abs() > 1e-4  # the features matter
+    assert model(**prompt, prompt_hidden_states=features, labels=LABELS).loss.equal(live.loss)
+    other = model(**prompt, prompt_hidden_states=features.flip(0), labels=LABELS)
+    assert (other.logits - live.logits).abs().max() > 0.05  # the features matter
     assert not calls
 
 
@@ -122,6 +125,9 @@ def test_a_saved_model_loads_bit_equal(model, tmp_path):
 def test_training_changes_projector_and_slm_and_nothing_of_the_llm(llm, slm, fusion):
     model = build_model(llm, slm, **FUSIONS[fusion]).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # An SLM's fixed sinusoids are not trained either.
+    fixed = {name for name, parameter in model.slm.named_parameters("slm") if not parameter.requires_grad}
+    assert all("embed_positions" in name for name in fixed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
@@ -132,10 +138,7 @@ def test_training_changes_projector_and_slm_and_nothing_of_the_llm(llm, slm, fus
         losses.append(loss.item())
     assert losses[1] < losses[0]
     same = {name for name, parameter in model.named_parameters() if parameter.equal(before[name])}
-    llm_names = {f"llm.{name}" for name, _ in model.llm.named_parameters()}
-    assert llm_names <= same
-    # "replace" does not use the embeddings of an encoder's positions or types, where the SLM has them apart.
-    assert {name for name in same - llm_names if not name.startswith("slm.model.encoder.embed_positions")} == set()
+    assert same == {name for name, _ in model.llm.named_parameters("llm")} | fixed
 
 
 # ------------------------------------------------------------------------------------------------ one part at a time
@@ -211,14 +214,19 @@ def test_layers_above_the_highest_one_read_are_not_kept(kind, fusion):
     )  # one layer stays: its input
 
 
+def count_hooks(module):
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_an_llm_passed_as_an_object_is_not_changed_by_reading_a_lower_layer(kind):
     llm = build_llm(kind)
     before, names = hidden_states(llm, PROMPTS[1]), list(llm.state_dict())
+    hooks = count_hooks(llm)  # Transformers 5 sets some to return hidden states
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, build_slm(), llm_layer=1)
     model.encode_prompt(**padded(PROMPTS))
     assert list(llm.state_dict()) == names
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llm.modules())
+    assert count_hooks(llm) == hooks
     for found, expected in zip(hidden_states(llm, PROMPTS[1]), before, strict=True):
         assert found.equal(expected)
     shared = {parameter.data_ptr() for parameter in llm.parameters()}

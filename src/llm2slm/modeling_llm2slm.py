@@ -18,7 +18,7 @@ import inspect
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -61,8 +61,8 @@ class PromptEncoding(ModelOutput):
             1 for tokens, 0 for padding on either side.
     """
 
-    prompt_embeds: torch.FloatTensor | None = None
-    attention_mask: torch.LongTensor | None = None
+    prompt_embeds: Any = None
+    attention_mask: Any = None
 
 
 class LLM2SLMProjector(nn.Module):
@@ -358,9 +358,31 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._skip_llm_when_saving()
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
+            card = os.path.join(save_directory, "README.md")
+            if kwargs.get("is_main_process", True) and not os.path.exists(card):
+                _write_default_card(card, self.config)
         finally:
             self.config.include_llm = included_before
             self._skip_llm_when_saving()
+
+    def push_to_hub(self, repo_id, *args, include_llm: bool | None = None, **kwargs):
+        """As every `push_to_hub`, with `include_llm` as in `save_pretrained`."""
+        included_before = self.config.include_llm
+        self.config.include_llm = included_before if include_llm is None else include_llm
+        try:
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        finally:
+            self.config.include_llm = included_before
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # Transformers pushes a card of its own, which says nothing, into a repository that has none.
+        card = os.path.join(working_dir, "README.md")
+        if os.path.exists(card):
+            with open(card, encoding="utf-8") as file:
+                generic = "This model card has been automatically generated" in file.read()
+            if generic:
+                _write_default_card(card, self.config)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _skip_llm_when_saving(self):
         """The Trainer asks for exactly these keys too, when it loads one of its checkpoints back."""
@@ -439,14 +461,15 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
         """
         if prompt_hidden_states is None:
-            attention_mask = self._check_prompt_ids(input_ids, attention_mask)
             prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
+            if attention_mask is None:
+                attention_mask = torch.ones(prompt_hidden_states.shape[:2], dtype=torch.long)
         else:
             attention_mask = self._check_prompt_states(
                 "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
             )
         device = self.projector.out.weight.device
-        attention_mask = attention_mask.to(device)
+        attention_mask = attention_mask.to(device).long()
         # Padded positions may hold anything, NaN too; the SLM masks them, but 0 * NaN is NaN.
         prompt_hidden_states = prompt_hidden_states.to(device).masked_fill(attention_mask[:, :, None] == 0, 0.0)
         prompt_embeds = self.projector(prompt_hidden_states)  # (batch_size, prompt_length, slm_hidden_size)
@@ -466,7 +489,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_hidden_states(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         r"""
         Runs the frozen LLM and returns the states the projector reads, of shape
@@ -480,7 +503,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the LLM is not loaded, or ids and mask are invalid (see `encode_prompt`).
         """
-        attention_mask = self._check_prompt_ids(input_ids, attention_mask)
+        input_ids, attention_mask = self._check_prompt_ids(input_ids, attention_mask)
         if self.llm is None:
             raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
@@ -516,7 +539,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         self._check_prompt_length("LLM", llm_config, attention_mask)
         self._check_prompt_length("SLM", self.config.slm_config.get_text_config(), attention_mask)
-        return attention_mask
+        return input_ids, attention_mask
 
     def _check_prompt_states(self, name, states, width, attention_mask):
         if states.ndim != 3 or states.shape[-1] != width or states.shape[1] == 0:
@@ -538,7 +561,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     # ------------------------------------------------------------------------------------------------------- forward
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Shifts `labels` of shape `(batch_size, response_length)` right, behind the decoder's start token."""
         decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         decoder_input_ids[:, 1:] = labels[:, :-1]
@@ -550,7 +573,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         prompt_hidden_states: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -742,6 +765,38 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.slm.generate(
             inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
         )
+
+
+def _write_default_card(path, config):
+    """What can be said of a checkpoint without knowing its training."""
+    llm = config.llm_name_or_path or f"a {config.llm_config.model_type} model"
+    where = "included" if config.include_llm else f"loaded from `{llm}`"
+    revision = f" at revision `{config.llm_revision}`" if config.llm_revision else ""
+    # A folder's path is no name on the Hub.
+    base_model = f"base_model: {llm}\n" if config.llm_name_or_path and not os.path.exists(llm) else ""
+    text = f"""---
+library_name: transformers
+pipeline_tag: text2text-generation
+tags:
+- llm2slm
+- custom_code
+{base_model}---
+
+# LLM-to-SLM
+
+A frozen LLM ({config.llm_config.model_type}, {where}{revision}) encodes the prompt once; a projector maps its hidden
+states (`llm_layer={config.llm_layer}`, `fusion="{config.fusion}"`) to the width of a small language model
+({config.slm_config.model_type}), which writes the response. Method: [arXiv 2402.16844](https://arxiv.org/abs/2402.16844).
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text2text-generation", model="<this repository>", trust_remote_code=True)
+print(generate("A prompt.", max_new_tokens=64))
+```
+"""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 # ------------------------------------------------------------------------------------------------- tensors and masks

@@ -6,6 +6,7 @@ One of the files copied into every checkpoint: it imports nothing but transforme
 import copy
 import json
 import os
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -27,7 +28,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
     slow_tokenizer_class = None
     _auto_class = "AutoTokenizer"
-    llm_tokenizer: PreTrainedTokenizerBase | None = None
+    llm_tokenizer: Any = None  # a PreTrainedTokenizerBase, once joined or loaded
 
     @classmethod
     def from_tokenizers(
