@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
-# ------------------------------------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------------------------------------- tokenizers
 PAD, EOS, BOS, UNK = range(4)
 WORDS = ["user", "assistant", *(f"w{i}" for i in range(54))]
 CHARACTERS = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -43,14 +43,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_llm_tokenizer() -> PreTrainedTokenizerFast:
+def build_llm_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
     """Words, an end token behind each prompt, and a chat template."""
     vocab = {token: i for i, token in enumerate(["[PAD]", "[END]", "[START]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", EOS)])
     special = {"pad_token": "[PAD]", "eos_token": "[END]", "bos_token": "[START]", "unk_token": "[UNK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special, **kwargs)
 
 
 def build_slm_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
@@ -80,7 +80,7 @@ def tokenizer(llm_tokenizer, slm_tokenizer):
     return LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
 
 
-# ----------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------------------- models
 LLM_HIDDEN, SLM_HIDDEN, POSITIONS = 24, 32, 64
 SPECIAL_IDS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
 
@@ -195,7 +195,7 @@ def llm_folder(tmp_path):
     return tmp_path / "llm"
 
 
-# ---------------------------------------------------------------------------------------------- prompts and responses
+# ----------------------------------------------------------------------------------------------- prompts and responses
 def build_prompts(lengths=(5, 9, 3), seed=3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(4, LLM_VOCAB, (length,), generator=generator) for length in lengths]

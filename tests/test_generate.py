@@ -194,7 +194,7 @@ def test_minimum_lengths_mean_the_response_whatever_the_prompts(model, prompt):
     assert lengths(min_length=5) == {5}
 
 
-# --------------------------------------------------------------------------------------------------- generation configs
+# -------------------------------------------------------------------------------------------------- generation configs
 def test_a_generation_config_is_followed_and_arguments_override_it(model):
     config = GenerationConfig(max_new_tokens=4, do_sample=False, **SPECIAL_IDS)
     before = config.to_dict()
@@ -264,7 +264,7 @@ def test_decoding_compiles_nothing_on_the_cpu(model, cache, monkeypatch):
     assert response_length(model, ids) == 5
 
 
-# ------------------------------------------------------------------------------------------------------- training loops
+# ------------------------------------------------------------------------------------------------------ training loops
 @pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_the_targets_that_a_trainer_passes_along_do_not_change_the_response(slm):
     model = build_model(slm=slm)

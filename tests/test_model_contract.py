@@ -141,7 +141,7 @@ def test_training_changes_projector_and_slm_and_nothing_of_the_llm(llm, slm, fus
     assert same == {name for name, _ in model.llm.named_parameters("llm")} | fixed
 
 
-# ------------------------------------------------------------------------------------------------ one part at a time
+# -------------------------------------------------------------------------------------------------- one part at a time
 @pytest.mark.parametrize("slm", SLM_KINDS)
 def test_the_llm_reads_the_prompt_once_however_the_slm_decodes(slm, count_calls):
     model = build_model(slm=slm)

@@ -4,6 +4,7 @@ One of the files copied into every checkpoint: it imports nothing but transforme
 """
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 FUSIONS = ("replace", "add")
 PROJECTOR_TYPES = ("mlp", "linear")
@@ -128,6 +129,15 @@ class LLM2SLMConfig(PretrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` must be an activation of Transformers, such as 'relu' or 'gelu', got "
+                f"{self.projector_hidden_act!r}."
+            )
+        if not isinstance(self.projector_hidden_size, int) or self.projector_hidden_size < 1:
+            raise ValueError(
+                f"`projector_hidden_size` must be a positive integer, got {self.projector_hidden_size!r}."
+            )
         num_layers = self.llm_text_config.num_hidden_layers
         layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
         for layer in layers:
@@ -149,7 +159,9 @@ class LLM2SLMConfig(PretrainedConfig):
     @classmethod
     def from_sub_configs(cls, llm_config: PretrainedConfig, slm_config: PretrainedConfig, **kwargs) -> "LLM2SLMConfig":
         """Builds the configuration from the two models' configurations, which are copied."""
-        return cls(llm_config=llm_config.to_dict(), slm_config=slm_config.to_dict(), **kwargs)
+        fields = llm_config.to_dict()
+        fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
+        return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
 
     @property
     def llm_text_config(self) -> PretrainedConfig:

@@ -20,7 +20,9 @@ from .cli import add_loading_arguments, check_new_file, load_checkpoint, main, p
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `llm2slm generate`."""
-    parser.add_argument("--model", required=True, metavar="NAME", help="LLM-to-SLM checkpoint: folder, or name on the Hub")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="LLM-to-SLM checkpoint: folder, or name on the Hub"
+    )
     add_loading_arguments(parser, dtype="auto")
 
     prompts = parser.add_mutually_exclusive_group()

@@ -29,8 +29,11 @@ def slm_auto_class(config):
 
 
 def llm_auto_class(config):
-    """What loads an LLM of this configuration, without its head. T5's encoder has a class of its own: no decoder."""
-    return AutoModelForTextEncoding if config.model_type in ("t5", "mt5", "umt5") else AutoModel
+    """What loads an LLM of this configuration, if possible without its head and its decoder."""
+    if config.model_type in ("t5", "mt5", "umt5"):
+        return AutoModelForTextEncoding
+    # Transformers 4 does not find Gemma 3's weights for its class without the head.
+    return AutoModelForCausalLM if config.model_type == "gemma3_text" else AutoModel
 
 
 def load_slm(name, **kwargs) -> PreTrainedModel:
@@ -52,9 +55,11 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     if config is None:
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
     with _quiet():  # the head's weights are unexpected, and not wanted
-        llm, info = llm_auto_class(config).from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+        llm, info = llm_auto_class(config).from_pretrained(
+            name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     check_loading_info({**info, "unexpected_keys": []}, f"The LLM's weights in {str(name)!r}")
-    return llm, llm.config
+    return llm, config
 
 
 def _config_kwargs(kwargs):
@@ -127,7 +132,7 @@ def check_loading_info(info, what):
         ("mismatched_keys", "have other shapes for"),
         ("unexpected_keys", "have, besides this model's,"),
     ):
-        if keys := sorted(map(str, info.get(name) or [])):
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(name) or []):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(f"{what} are not this model's: they {problem} {', '.join(keys[:3])}{more}.")
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from .configuration_llm2slm import LLM2SLMConfig
@@ -124,11 +125,16 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.register_module("llm", None)
         if llm is None and (config.include_llm or config.llm_name_or_path is None):
-            llm = llm_auto_class(config.llm_config).from_config(config.llm_config)
+            # T5's encoder class changes the configuration it is given.
+            llm = llm_auto_class(config.llm_config).from_config(copy.deepcopy(config.llm_config))
         if llm is not None:
             self._set_llm(llm)
         self.projector = LLM2SLMProjector(config)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        own = self.slm.generation_config
+        self.slm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in tokens})
         self.post_init()
         self._skip_llm_when_saving()
 
@@ -157,7 +163,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             llm (`str`, `os.PathLike` or `PreTrainedModel`):
                 Name on the Hub, folder, `.gguf` file or folder with one, or a loaded model. It is frozen; a model
-                passed as an object is shared, not copied.
+                passed as an object is shared, not copied. The SLM's generation config becomes the pair's.
             slm (`str`, `os.PathLike` or `PreTrainedModel`):
                 Likewise; anything `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM` loads.
             fusion (`str`, *optional*, defaults to `"replace"`):
@@ -178,13 +184,10 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         llm_source: dict = {}
         if not isinstance(llm, PreTrainedModel):
             llm_kwargs = dict(llm_kwargs or {})
-            llm, gguf_file = split_gguf(llm, llm_kwargs.pop("gguf_file", None))
-            llm_source = {
-                "llm_name_or_path": str(llm),
-                "llm_revision": resolve_revision(llm, gguf_file, llm_kwargs),
-                "llm_gguf_file": gguf_file,
-            }
-            llm, llm_config = load_llm(llm, gguf_file, **llm_kwargs)
+            name, gguf_file = split_gguf(llm, llm_kwargs.pop("gguf_file", None))
+            llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
+            revision = resolve_revision(name, gguf_file, llm_kwargs)
+            llm_source = {"llm_name_or_path": name, "llm_revision": revision, "llm_gguf_file": gguf_file}
         elif llm_kwargs:
             raise ValueError("`llm_kwargs` are for loading the LLM by name, but `llm` is a loaded model.")
         else:
@@ -194,15 +197,20 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif slm_kwargs:
             raise ValueError("`slm_kwargs` are for loading the SLM by name, but `slm` is a loaded model.")
 
-        config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
-        model = cls(config, llm=llm, slm=slm)
-        if shared := shared_parameter(model.llm, model.slm):
+        if not slm.can_generate():
+            raise ValueError(
+                f"`slm` must be a model that generates (with a language model head), got {type(slm).__name__}."
+            )
+        if shared := shared_parameter(llm, slm):
             raise ValueError(
                 f"LLM and SLM share the parameter {shared!r}: training the SLM would change the frozen LLM. Pass a "
                 "copy, e.g. `slm=copy.deepcopy(slm)`."
             )
+        config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
+        generation_config = slm.generation_config
+        model = cls(config, llm=llm, slm=slm)
         config.llm_fingerprint = fingerprint(model.llm)
-        model.generation_config = copy.deepcopy(slm.generation_config)
+        model.generation_config = generation_config
         model.projector.to(slm.get_input_embeddings().weight.device, slm.dtype)
         model._match_embedding_scale()
         return model.eval()
@@ -212,7 +220,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Gives projections the standard deviation of the SLM's own embeddings, which it was pretrained on."""
         embeddings = self.slm.get_input_embeddings()
         ids = torch.arange(min(embeddings.num_embeddings, 4096), device=embeddings.weight.device)
-        std = embeddings(ids).float().std().item()
+        std = self._embed_with_slm(ids).float().std().item()
         _init_linear(self.projector.out, output_std=std)
         if self.projector.llm_embeddings is not None:
             llm_embeddings = self.llm.get_input_embeddings()
@@ -224,8 +232,10 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
         if self.config.llm_config.is_encoder_decoder:
             llm = llm.get_encoder()
-        elif llm.can_generate():  # AutoModelForCausalLM: the head is not needed
+        elif llm.base_model is not llm:  # no head
             llm = llm.base_model
+        elif llm.can_generate():  # Gemma 3 in Transformers 4 names no base model
+            llm = llm.model
         num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
         if depth < num_layers:
             llm = truncate(llm, num_layers, depth)
@@ -260,6 +270,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -279,6 +290,8 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if isinstance(nested_kwargs.get("device_map"), dict):
                 nested_kwargs["device_map"] = sub_device_map(nested_kwargs["device_map"], "llm")
             model.load_llm(llm_name_or_path, **(nested_kwargs | (llm_kwargs or {})))
+        if model.llm is not None:
+            model.llm.requires_grad_(False)  # Transformers 5 makes new parameters when it loads
         model.eval()
         return (model, info) if return_info else model
 
@@ -324,7 +337,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._set_llm(llm)
         if check and self.config.llm_fingerprint:
             check_fingerprint(self.llm, self.config.llm_fingerprint, source)
-        if "device_map" not in llm_kwargs:
+        if "device_map" not in llm_kwargs and self.llm.device != self.device:
             self.llm.to(self.device)
         self._skip_llm_when_saving()
         return self
@@ -435,7 +448,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # ----------------------------------------------------------------------------------------------- encode a prompt
     def encode_prompt(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         prompt_hidden_states: torch.Tensor | None = None,
     ) -> PromptEncoding:
@@ -484,8 +497,16 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
                     f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
                 )
-            prompt_embeds = prompt_embeds + self.slm.get_input_embeddings()(input_ids.to(device))
+            ids = input_ids.to(device).masked_fill(attention_mask == 0, 0)
+            prompt_embeds = prompt_embeds + self._embed_with_slm(ids)
         return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
+
+    def _embed_with_slm(self, ids):
+        """What the SLM makes of ids before its first layer. Marian and Pegasus scale ids' embeddings, but not ours."""
+        embeddings = self.slm.get_input_embeddings()
+        scaled_outside = self.config.slm_config.is_encoder_decoder and type(embeddings) is nn.Embedding
+        scale = getattr(self.slm.get_encoder(), "embed_scale", 1.0) if scaled_outside else 1.0
+        return embeddings(ids) * scale
 
     @torch.no_grad()
     def encode_hidden_states(
@@ -507,10 +528,12 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.llm is None:
             raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
+        # What is padding in every row is left out.
         order = _padding_order(attention_mask.to(self.llm.device), "right")
+        prompt_length, longest = attention_mask.shape[1], int(attention_mask.sum(dim=1).max())
         arguments = {
-            "input_ids": input_ids.to(self.llm.device).gather(1, order),
-            "attention_mask": attention_mask.to(self.llm.device).gather(1, order),
+            "input_ids": input_ids.to(self.llm.device).gather(1, order)[:, :longest],
+            "attention_mask": attention_mask.to(self.llm.device).gather(1, order)[:, :longest],
         }
         if "use_cache" in inspect.signature(self.llm.forward).parameters:
             arguments["use_cache"] = False
@@ -519,6 +542,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             output = self.llm(**arguments, return_dict=True)
         states[num_layers] = output.last_hidden_state
         hidden_states = torch.cat([states[layer] for layer in self.config.prompt_layers], dim=-1)
+        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, prompt_length - longest))
         return _reordered(hidden_states, order.argsort(dim=1))  # (batch_size, prompt_length, prompt_hidden_size)
 
     def _check_prompt_ids(self, input_ids, attention_mask):
@@ -530,6 +554,8 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{tuple(input_ids.shape)}."
             )
         attention_mask = _check_attention_mask(attention_mask, "input_ids", input_ids)
+        # What pads the prompts may be unknown to the LLM (a pipeline pads with the SLM's token).
+        input_ids = input_ids.masked_fill(attention_mask.to(input_ids.device) == 0, 0)
         llm_config = self.config.llm_text_config
         lowest, highest = int(input_ids.min()), int(input_ids.max())
         if lowest < 0 or highest >= llm_config.vocab_size:
@@ -537,8 +563,9 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"`input_ids` must be ids of the LLM's tokenizer, from 0 to {llm_config.vocab_size - 1}; found "
                 f"{lowest if lowest < 0 else highest}."
             )
-        self._check_prompt_length("LLM", llm_config, attention_mask)
-        self._check_prompt_length("SLM", self.config.slm_config.get_text_config(), attention_mask)
+        length = int(attention_mask.sum(dim=1).max())
+        self._check_positions("LLM", llm_config, length)
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), length)
         return input_ids, attention_mask
 
     def _check_prompt_states(self, name, states, width, attention_mask):
@@ -549,15 +576,16 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask = _check_attention_mask(attention_mask, name, states)
         if not torch.isfinite(states.masked_fill(attention_mask[:, :, None].to(states.device) == 0, 0.0)).all():
             raise ValueError(f"`{name}` has NaN or infinite values at positions that are not masked.")
-        self._check_prompt_length("SLM", self.config.slm_config.get_text_config(), attention_mask)
+        length = int(attention_mask.sum(dim=1).max())
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), length)
         return attention_mask
 
-    def _check_prompt_length(self, model_name, config, attention_mask):
-        limit, length = getattr(config, "max_position_embeddings", None), int(attention_mask.sum(dim=1).max())
+    def _check_positions(self, model_name, config, length, what="prompt has"):
+        limit = _max_positions(config)
         if limit is not None and length > limit:
             raise ValueError(
-                f"The prompt has {length} tokens, but the {model_name} ({config.model_type}) has {limit} positions. "
-                f"Tokenize with `truncation=True, max_length={limit}`, or choose a model with more positions."
+                f"The {what} {length} tokens, but the {model_name} ({config.model_type}) has {limit} positions. "
+                f"Tokenize with `truncation=True, max_length=...`, or choose a model with more positions."
             )
 
     # ------------------------------------------------------------------------------------------------------- forward
@@ -619,14 +647,11 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 # Position i is fed label i - 1; the first is the start token.
                 fed = (labels[:, :-1] != -100).long()
                 decoder_attention_mask = torch.cat([torch.ones_like(labels[:, :1]), fed], dim=1)
-        outputs_wanted = {
-            name: value
-            for name, value in (
-                ("output_hidden_states", output_hidden_states),
-                ("output_attentions", output_attentions),
-            )
-            if value is not None
-        }
+        # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and these two.
+        if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
+            raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
+        outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
         if self.config.slm_config.is_encoder_decoder:
             if decoder_input_ids is None and labels is not None:
                 decoder_input_ids = self.slm.prepare_decoder_input_ids_from_labels(labels)
@@ -664,6 +689,8 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         response_embeds = self.slm.get_input_embeddings()(response_ids).to(prompt_embeds.dtype)
         inputs_embeds = torch.cat([prompt_embeds, response_embeds], dim=1)  # (batch, prompt + response - 1, hidden)
         mask = torch.cat([prompt_mask, response_mask.to(prompt_mask)], dim=1)
+        length = int(mask.sum(dim=1).max())
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), length, _PROMPT_AND_RESPONSE)
         arguments = inspect.signature(self.slm.forward).parameters
         optional = dict(outputs_wanted)
         if "position_ids" in arguments:
@@ -691,7 +718,12 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             mask = self._check_prompt_states(
                 "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
             ).to(prompt_embeds.device)
-        order = _padding_order(mask, "right" if self.config.slm_config.is_encoder_decoder else "left")
+            prompt_embeds = prompt_embeds.masked_fill(mask[:, :, None] == 0, 0.0)
+        longest = int(mask.sum(dim=1).max())  # what is padding in every row is left out
+        if self.config.slm_config.is_encoder_decoder:
+            order = _padding_order(mask, "right")[:, :longest]
+        else:
+            order = _padding_order(mask, "left")[:, -longest:]
         return _reordered(prompt_embeds, order), mask.gather(1, order)
 
     def _check_labels(self, labels):
@@ -705,6 +737,13 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
     # ------------------------------------------------------------------------------------------------------ generate
+    def _prepare_model_inputs(self, *args, **kwargs):
+        # `generate` below has no use for it: only an LLM's `generate` with this model as its assistant comes here.
+        raise ValueError(
+            "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written so "
+            "far for a new prompt and draft nonsense."
+        )
+
     @torch.no_grad()
     def generate(
         self,
@@ -738,22 +777,24 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: for an invalid prompt (see `encode_prompt`), and if the model is used as the `assistant_model`
                 of a decoder-only LLM.
         """
-        # 1. One generation config: this model's, with the call's arguments on top.
-        generation_config = copy.deepcopy(
-            generation_config if generation_config is not None else self.generation_config
-        )
+        # 1. One generation config: the call's arguments, then the given config, then this model's.
+        given, generation_config = generation_config, copy.deepcopy(self.generation_config)
+        if given is not None:
+            changes = given.to_diff_dict()
+            changes.pop("transformers_version", None)
+            generation_config.update(**changes)
         model_kwargs = generation_config.update(**kwargs)
-        if generation_config.is_assistant:
-            raise ValueError(
-                "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written "
-                "so far for a new prompt and draft nonsense."
-            )
         # 2. The Trainer passes the whole batch; the response is what is asked for here.
         for name in ("labels", "shift_labels", "decoder_input_ids", "decoder_attention_mask"):
             model_kwargs.pop(name, None)
-        # Stop strings are matched against the SLM's vocabulary.
-        if hasattr(model_kwargs.get("tokenizer"), "slm_tokenizer"):
-            model_kwargs["tokenizer"] = model_kwargs["tokenizer"].slm_tokenizer
+        # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
+        tokenizer = model_kwargs.pop("tokenizer", None)
+        if generation_config.stop_strings is not None and tokenizer is not None:
+            tokenizer = getattr(tokenizer, "slm_tokenizer", tokenizer)
+            criteria = [*(model_kwargs.get("stopping_criteria") or [])]
+            criteria.append(StopStringCriteria(tokenizer, generation_config.stop_strings))
+            model_kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+            generation_config.stop_strings = None
         # 3. Prompt phase: the only place where the LLM runs.
         input_ids = inputs if input_ids is None else input_ids
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
@@ -761,6 +802,10 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
                 mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
             _lengths_mean_the_response(generation_config)
+            config, length = self.config.slm_config.get_text_config(), int(mask.sum(dim=1).max())
+            self._check_positions(
+                "SLM", config, length + (generation_config.max_new_tokens or 0), _PROMPT_AND_RESPONSE
+            )
         # 4. Decode: the SLM alone.
         return self.slm.generate(
             inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
@@ -825,7 +870,17 @@ def _padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
 
 
 def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return tensor.gather(1, order[:, :, None].expand_as(tensor))
+    return tensor.gather(1, order[:, :, None].expand(-1, -1, tensor.shape[-1]))
+
+
+# RoBERTa and its kin count positions from behind the padding token's id.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer")
+_PROMPT_AND_RESPONSE = "prompt and the response have"
+
+
+def _max_positions(config) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else limit
 
 
 def _position_ids(mask: torch.Tensor) -> torch.Tensor:

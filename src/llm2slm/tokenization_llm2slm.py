@@ -163,10 +163,11 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         return super().pad(encoding, padding=padding, max_length=max_length, return_tensors=return_tensors)
 
     def _ended(self, row: list[int]) -> list[int]:
-        if row and row[-1] == self.eos_token_id:
-            return row
+        ended = bool(row) and row[-1] == self.eos_token_id
+        while row and row[-1] == self.eos_token_id:
+            row = row[:-1]
         # A tokenizer that puts a start but no end token is a decoder-only model's: the prompt is before the response.
-        if row and row[0] == self.bos_token_id != self.eos_token_id:
+        if not ended and row and row[0] == self.bos_token_id:
             row = row[1:]
         return [*row, self.eos_token_id]
 

