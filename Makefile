@@ -5,6 +5,7 @@ ARGS ?=
 # Nothing is reported to the Hub, and each of pytest's two workers uses one core.
 TEST_ENV := HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := -m pytest -n 2 $(ARGS)
+# LLM2SLM_OTHER_PYTHON: where both environments are there, one loads the checkpoints that the other saved.
 
 # The text reaches the demo as it was typed: neither make nor the shell expands it.
 export DEMO_TEXT := $(value TEXT)
@@ -32,10 +33,10 @@ quality: .venv/.installed  ## Check style, docstrings and types; changes nothing
 	.venv/bin/python -m mypy
 
 test: .venv/.installed  ## Run the tests, offline and on the CPU
-	$(TEST_ENV) .venv/bin/python $(PYTEST)
+	$(TEST_ENV) LLM2SLM_OTHER_PYTHON=$(abspath $(wildcard .venv-v4/bin/python)) .venv/bin/python $(PYTEST)
 
 test-v4: .venv-v4/.installed  ## Run the tests with the oldest supported transformers, in .venv-v4
-	$(TEST_ENV) .venv-v4/bin/python $(PYTEST)
+	$(TEST_ENV) LLM2SLM_OTHER_PYTHON=$(abspath $(wildcard .venv/bin/python)) .venv-v4/bin/python $(PYTEST)
 
 test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
 	$(TEST_ENV) .venv/bin/python -m pytest -m gpu $(ARGS)

@@ -326,6 +326,7 @@ def test_wrong_models_and_long_prompts_are_one_line(checkpoints, capsys):
     llama = checkpoints["llama"]
     argv = ["generate", "--prompt", "w1", "--model"]
     assert_one_line_error(capsys, [*argv, checkpoints["llm"]], "is a llama model, not an LLM-to-SLM checkpoint")
+    assert_one_line_error(capsys, [*argv, os.path.dirname(llama)], "There is no checkpoint")
     assert_one_line_error(capsys, [*argv, llama, "--llm", checkpoints["other_llm"]], "fingerprint")
     assert_one_line_error(capsys, [*argv, llama, "--llm", "./none"], "frozen LLM was not found")
     assert_one_line_error(capsys, [*argv, llama, "--device", "nonsense"], "--device nonsense")

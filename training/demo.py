@@ -52,8 +52,8 @@ from llm2slm.loading_llm2slm import load_slm
 
 # Sizes that fit ten minutes on two cores, the installation included. What longer trainings give is another matter.
 SETTINGS = {
-    "train_pairs": 3072,
-    "validation_pairs": 192,
+    "train_pairs": 2400,
+    "validation_pairs": 128,
     "test_pairs": 48,
     "timed_pairs": 6,
     "prompt_max_length": 40,

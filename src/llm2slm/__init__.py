@@ -1,7 +1,7 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model writes the response."""
 
 import transformers.pipelines
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptEncoding
@@ -19,6 +19,7 @@ __all__ = [
 AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
 AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
+AutoTokenizer.register(LLM2SLMConfig, fast_tokenizer_class=LLM2SLMTokenizer)
 
 # Transformers 5 removed the task; Transformers 4 has its own pipeline for it, which is left in place.
 if transformers.pipelines.__dict__.get("REMOVED_TASKS", {}).pop("text2text-generation", None) is not None:

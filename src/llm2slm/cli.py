@@ -144,7 +144,10 @@ def load_checkpoint(args: argparse.Namespace):
     if looks_like_a_folder and not os.path.isdir(args.model):
         raise OSError(f"There is no folder {args.model!r}.")
     # The checkpoint's `auto_map` names code of its own; False says that the code registered here is the one to run.
-    config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # which does not always say what it was looking for
+        raise OSError(f"There is no checkpoint {args.model!r}: {error}") from error
     if config.model_type != "llm2slm":
         raise ValueError(f"{args.model!r} is a {config.model_type} model, not an LLM-to-SLM checkpoint.")
     # The tokenizer first: it is loaded in no time, and what is wrong with it shows before the models are read.
