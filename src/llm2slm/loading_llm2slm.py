@@ -1,4 +1,4 @@
-"""Loading the two models of a pair, cutting the LLM at the layer that is read, and recognising it again.
+"""Loading the two models of a pair, recognising the LLM, cutting it at the highest layer that is read, reading layers.
 
 One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on Transformers
 4.x and 5.x.
@@ -212,3 +212,35 @@ def truncate(llm: PreTrainedModel, num_layers: int, depth: int) -> PreTrainedMod
         return clone
 
     return copied(llm)
+
+
+@contextmanager
+def record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int):
+    """
+    Yields a dictionary that holds, after the LLM's forward, the states of the layers in `wanted`: 0 is the input of
+    the first layer, k the output of layer k. Not the last: that is what the LLM returns, after its final norm.
+    """
+    states: dict[int, torch.Tensor] = {}
+
+    def keep_input(module, args, kwargs):
+        states[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(layer):
+        def hook(module, args, output):
+            states[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles, inner = [], sorted(set(wanted) - {num_layers})
+    if inner:
+        layers = find_layers(llm, max(max(wanted), 1))
+        for layer in inner:
+            if layer == 0:
+                handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+            else:
+                handles.append(layers[layer - 1].register_forward_hook(keep_output(layer)))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

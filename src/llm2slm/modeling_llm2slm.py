@@ -1,13 +1,13 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model (SLM) writes the response.
 
 Method: Bergner et al., "Think Big, Generate Quick: LLM-to-SLM for Fast Autoregressive Decoding" (arXiv 2402.16844).
-The file reads top to bottom: outputs, projector, the model (build, load, save, encode, forward, generate), helpers.
+The file reads top to bottom: output, projector, the model (build, encode, forward, generate), helpers. Loading and
+saving are in checkpoint_llm2slm.py.
 
 Choices made here:
 - `generate` encodes and projects the prompt once and hands `inputs_embeds` to `slm.generate`: each decoding mode,
   cache and streamer of Transformers is inherited, none is rewritten.
 - The LLM's hidden states are read by hooks on the layers asked for, so that no other layer's states are kept.
-- A checkpoint is slim: projector and SLM. The LLM is loaded from its own place and checked by a fingerprint.
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
 on Transformers 4.x and 5.x.
@@ -16,7 +16,6 @@ on Transformers 4.x and 5.x.
 import copy
 import inspect
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +26,18 @@ from transformers.activations import ACT2FN
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
+from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import (
-    check_fingerprint,
-    check_loading_info,
-    check_same_architecture,
-    find_layers,
     fingerprint,
     llm_auto_class,
     load_llm,
     load_slm,
+    record_layer_states,
     resolve_revision,
     shared_parameter,
     slm_auto_class,
     split_gguf,
-    sub_device_map,
     truncate,
 )
 
@@ -101,24 +97,13 @@ class LLM2SLMProjector(nn.Module):
         return embeds
 
 
-class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
     """
     A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
 
     `llm` is `None` in a slim model whose LLM has not been loaded (see [`~LLM2SLMForConditionalGeneration.load_llm`]);
     `prompt_hidden_states` and `prompt_embeds` then still work.
     """
-
-    config_class = LLM2SLMConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _auto_class = "AutoModelForSeq2SeqLM"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flash_attn_2 = True  # the name in Transformers 4
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     # ----------------------------------------------------------------------------------------------------- building
     def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None, slm: PreTrainedModel | None = None):
@@ -240,168 +225,6 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if depth < num_layers:
             llm = truncate(llm, num_layers, depth)
         self.llm = llm.requires_grad_(False).eval()
-
-    # ---------------------------------------------------------------------------------------------- load and save
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        llm_name_or_path: str | os.PathLike | None = None,
-        llm_kwargs: dict | None = None,
-        load_llm: bool = True,
-        **kwargs,
-    ):
-        r"""
-        Loads a checkpoint, and its frozen LLM from the LLM's own place. Takes what every `from_pretrained` takes, and:
-
-        Args:
-            llm_name_or_path (`str` or `os.PathLike`, *optional*):
-                Where the LLM is on this machine, if not where the checkpoint says.
-            llm_kwargs (`dict`, *optional*):
-                Arguments of the LLM's own `from_pretrained`. This call's `revision`, `subfolder` and
-                `trust_remote_code` are never passed on to the LLM's repository.
-            load_llm (`bool`, *optional*, defaults to `True`):
-                `False` leaves a slim checkpoint without its LLM, for use with cached prompt features.
-
-        Raises:
-            OSError: if the weights are missing, cut off or not safetensors.
-            ValueError: if the weights are another model's, or the LLM is not the one the checkpoint was trained with.
-        """
-        return_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise OSError(
-                f"The weights in {str(pretrained_model_name_or_path)!r} are cut off or damaged: {error}"
-            ) from error
-        check_loading_info(info, f"The weights in {str(pretrained_model_name_or_path)!r}")
-        if model.llm is None and load_llm:
-            inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
-            nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}
-            if "torch_dtype" in kwargs:  # the name before Transformers 4.56
-                nested_kwargs["dtype"] = kwargs["torch_dtype"]
-            if isinstance(nested_kwargs.get("device_map"), dict):
-                nested_kwargs["device_map"] = sub_device_map(nested_kwargs["device_map"], "llm")
-            model.load_llm(llm_name_or_path, **(nested_kwargs | (llm_kwargs or {})))
-        if model.llm is not None:
-            model.llm.requires_grad_(False)  # Transformers 5 makes new parameters when it loads
-        model.eval()
-        return (model, info) if return_info else model
-
-    def load_llm(self, llm_name_or_path: str | os.PathLike | None = None, *, check: bool = True, **llm_kwargs):
-        r"""
-        Loads the frozen LLM of a slim model and checks that it is the one the model was trained with.
-
-        Args:
-            llm_name_or_path (`str` or `os.PathLike`, *optional*):
-                Name, folder or `.gguf` file. Defaults to `config.llm_name_or_path` at `config.llm_revision`.
-            check (`bool`, *optional*, defaults to `True`):
-                Whether the LLM's weights must match `config.llm_fingerprint`. Switch it off only for other versions
-                of the same weights, such as a quantized one.
-            llm_kwargs:
-                Arguments of the LLM's `from_pretrained`.
-
-        Raises:
-            OSError: if there is no LLM at that place.
-            ValueError: if it is another LLM than the one the model was trained with.
-        """
-        source = llm_name_or_path if llm_name_or_path is not None else self.config.llm_name_or_path
-        if source is None:
-            raise ValueError("The configuration names no LLM: pass `llm_name_or_path`.")
-        llm_kwargs = dict(llm_kwargs)
-        if llm_name_or_path is None:
-            llm_kwargs.setdefault("revision", self.config.llm_revision)
-            llm_kwargs.setdefault("gguf_file", self.config.llm_gguf_file)
-        attention = getattr(self.config.llm_config, "_attn_implementation", None)
-        if attention is not None:
-            llm_kwargs.setdefault("attn_implementation", attention)
-        llm_kwargs.setdefault("dtype", self.dtype)
-        name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
-        if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
-            llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
-        try:
-            llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
-        except OSError as error:
-            raise OSError(
-                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\nSay where it is on this "
-                "machine with `from_pretrained(..., llm_name_or_path=...)`."
-            ) from error
-        check_same_architecture(llm_config, self.config.llm_config, source)
-        self._set_llm(llm)
-        if check and self.config.llm_fingerprint:
-            check_fingerprint(self.llm, self.config.llm_fingerprint, source)
-        if "device_map" not in llm_kwargs and self.llm.device != self.device:
-            self.llm.to(self.device)
-        self._skip_llm_when_saving()
-        return self
-
-    def save_pretrained(self, save_directory, *args, include_llm: bool | None = None, **kwargs):
-        r"""
-        Saves projector and SLM (slim), or everything. Takes what every `save_pretrained` takes, and:
-
-        Args:
-            include_llm (`bool`, *optional*):
-                Whether the LLM's weights go into the checkpoint. Defaults to `False` for an LLM that can be loaded
-                again from its own place, and to `True` for one that has none (it was passed as an object).
-
-        Raises:
-            ValueError: for `include_llm=True` on a model without its LLM, for `include_llm=False` on one whose LLM has
-                no place of its own, and for `safe_serialization=False`.
-        """
-        if kwargs.pop("safe_serialization", True) is not True:
-            raise ValueError("Checkpoints are safetensors only: `safe_serialization=False` is not supported.")
-        if include_llm is None:
-            include_llm = self.config.include_llm or self.config.llm_name_or_path is None
-        if include_llm and self.llm is None:
-            raise ValueError("`include_llm=True`, but the LLM is not loaded: call `load_llm()` first.")
-        if not include_llm and self.config.llm_name_or_path is None:
-            raise ValueError(
-                "A slim checkpoint names its LLM, but `config.llm_name_or_path` is None. Set it to where the LLM can "
-                "be loaded from, or save with `include_llm=True`."
-            )
-        included_before = self.config.include_llm
-        self.config.include_llm = include_llm
-        self._skip_llm_when_saving()
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            card = os.path.join(save_directory, "README.md")
-            if kwargs.get("is_main_process", True) and not os.path.exists(card):
-                _write_default_card(card, self.config)
-        finally:
-            self.config.include_llm = included_before
-            self._skip_llm_when_saving()
-
-    def push_to_hub(self, repo_id, *args, include_llm: bool | None = None, **kwargs):
-        """As every `push_to_hub`, with `include_llm` as in `save_pretrained`."""
-        included_before = self.config.include_llm
-        self.config.include_llm = included_before if include_llm is None else include_llm
-        try:
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        finally:
-            self.config.include_llm = included_before
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # Transformers pushes a card of its own, which says nothing, into a repository that has none.
-        card = os.path.join(working_dir, "README.md")
-        if os.path.exists(card):
-            with open(card, encoding="utf-8") as file:
-                generic = "This model card has been automatically generated" in file.read()
-            if generic:
-                _write_default_card(card, self.config)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def _skip_llm_when_saving(self):
-        """The Trainer asks for exactly these keys too, when it loads one of its checkpoints back."""
-        slim = self.llm is not None and not self.config.include_llm and self.config.llm_name_or_path is not None
-        keys = {f"llm.{key}" for key in self.llm.state_dict()} if slim else set()
-        self._keys_to_ignore_on_save = keys
 
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
@@ -538,7 +361,7 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if "use_cache" in inspect.signature(self.llm.forward).parameters:
             arguments["use_cache"] = False
         num_layers = self.config.llm_text_config.num_hidden_layers
-        with _record_layer_states(self.llm, self.config.prompt_layers, num_layers) as states:
+        with record_layer_states(self.llm, self.config.prompt_layers, num_layers) as states:
             output = self.llm(**arguments, return_dict=True)
         states[num_layers] = output.last_hidden_state
         hidden_states = torch.cat([states[layer] for layer in self.config.prompt_layers], dim=-1)
@@ -812,38 +635,6 @@ class LLM2SLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
 
-def _write_default_card(path, config):
-    """What can be said of a checkpoint without knowing its training."""
-    llm = config.llm_name_or_path or f"a {config.llm_config.model_type} model"
-    where = "included" if config.include_llm else f"loaded from `{llm}`"
-    revision = f" at revision `{config.llm_revision}`" if config.llm_revision else ""
-    # A folder's path is no name on the Hub.
-    base_model = f"base_model: {llm}\n" if config.llm_name_or_path and not os.path.exists(llm) else ""
-    text = f"""---
-library_name: transformers
-pipeline_tag: text2text-generation
-tags:
-- llm2slm
-- custom_code
-{base_model}---
-
-# LLM-to-SLM
-
-A frozen LLM ({config.llm_config.model_type}, {where}{revision}) encodes the prompt once; a projector maps its hidden
-states (`llm_layer={config.llm_layer}`, `fusion="{config.fusion}"`) to the width of a small language model
-({config.slm_config.model_type}), which writes the response. Method: [arXiv 2402.16844](https://arxiv.org/abs/2402.16844).
-
-```python
-from transformers import pipeline
-
-generate = pipeline("text2text-generation", model="<this repository>", trust_remote_code=True)
-print(generate("A prompt.", max_new_tokens=64))
-```
-"""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
 # ------------------------------------------------------------------------------------------------- tensors and masks
 def _check_attention_mask(attention_mask, name, tensor):
     if attention_mask is None:
@@ -909,38 +700,6 @@ def _init_linear(linear: nn.Linear, output_std: float):
     """Outputs of standard deviation `output_std` for inputs of standard deviation 1."""
     linear.weight.normal_(mean=0.0, std=output_std / linear.in_features**0.5)
     linear.bias.zero_()
-
-
-@contextmanager
-def _record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int):
-    """
-    Yields a dictionary that holds, after the LLM's forward, the states of the layers in `wanted`: 0 is the input of
-    the first layer, k the output of layer k. Not the last: that is what the LLM returns, after its final norm.
-    """
-    states: dict[int, torch.Tensor] = {}
-
-    def keep_input(module, args, kwargs):
-        states[0] = args[0] if args else kwargs["hidden_states"]
-
-    def keep_output(layer):
-        def hook(module, args, output):
-            states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles, inner = [], sorted(set(wanted) - {num_layers})
-    if inner:
-        layers = find_layers(llm, max(max(wanted), 1))
-        for layer in inner:
-            if layer == 0:
-                handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
-            else:
-                handles.append(layers[layer - 1].register_forward_hook(keep_output(layer)))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "PromptEncoding"]
