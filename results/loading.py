@@ -25,12 +25,12 @@ from llm2slm import LLM2SLMForConditionalGeneration
 from llm2slm.loading_llm2slm import load_slm
 
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 import transformers.models.llama.modeling_llama
 from llm2slm import LLM2SLMForConditionalGeneration
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024  # Linux
 before, start = peak(), time.perf_counter()
 checkpoint, llm = sys.argv[1:]
 model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path=llm, dtype=torch.bfloat16)
@@ -60,7 +60,7 @@ def main():
         model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(gguf, slm)
         checkpoint, safetensors = os.path.join(folder, "checkpoint"), os.path.join(folder, "llm")
         model.to(torch.bfloat16).save_pretrained(checkpoint)
-        load_slm(gguf).save_pretrained(safetensors)
+        load_slm(gguf).to(torch.bfloat16).save_pretrained(safetensors)
         runs = {
             name: [load(checkpoint, llm) for _ in range(arguments.repeats)]
             for name, llm in (("gguf", gguf), ("safetensors", safetensors))

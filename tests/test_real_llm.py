@@ -86,10 +86,10 @@ def test_loading_never_holds_the_llm_twice(checkpoint, tmp_path):
     """Peak memory of a fresh process that loads the checkpoint, its LLM a safetensors folder of 540 MB."""
     load_slm(str(FOLDER)).save_pretrained(tmp_path / "llm")
     code = f"""
-import resource, torch
+import re, torch
 from transformers import LlamaForCausalLM
 from llm2slm import LLM2SLMForConditionalGeneration
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024  # since the start
 before = peak()
 model = LLM2SLMForConditionalGeneration.from_pretrained(
     {str(checkpoint)!r}, llm_name_or_path={str(tmp_path / "llm")!r}, dtype=torch.float32
@@ -99,4 +99,4 @@ print(peak() - before)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     weights = (tmp_path / "llm" / "model.safetensors").stat().st_size
-    assert int(result.stdout.splitlines()[-1]) < 1.5 * weights
+    assert 0.9 * weights < int(result.stdout.splitlines()[-1]) < 1.5 * weights
