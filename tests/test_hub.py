@@ -64,6 +64,13 @@ for repository, revision, tokenizer_revision in json.loads(sys.argv[1]):
         texts = write(PROMPTS, max_new_tokens=8, do_sample=False, batch_size=2)
         assert [text["generated_text"] for text in texts] == tokenizer.batch_decode(rows[0], skip_special_tokens=True)
     found[f"{repository}@{revision}"] = [rows[0], model.config.llm_revision]
+# What remote code saves is a checkpoint again.
+model.save_pretrained("saved")
+tokenizer.save_pretrained("saved")
+model = AutoModelForSeq2SeqLM.from_pretrained("saved", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("saved", trust_remote_code=True)
+batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+assert model.generate(**batch, max_new_tokens=8, do_sample=False).tolist() == rows[0]
 assert "llm2slm" not in sys.modules
 print(json.dumps(found))
 """
@@ -113,6 +120,7 @@ def test_a_pushed_repository_is_complete(tmp_path):
         found = run(hub, tmp_path / "push", FILES)
     assert {
         "README.md",
+        "checkpoint_llm2slm.py",
         "config.json",
         "configuration_llm2slm.py",
         "generation_config.json",

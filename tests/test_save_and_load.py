@@ -24,12 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import llm2slm.modeling_llm2slm as modeling
+import llm2slm.checkpoint_llm2slm as checkpoint_module
 from llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 
 PROMPT = padded(build_prompts())
 LABELS = build_labels()
-CODE = {f"{name}_llm2slm.py" for name in ("configuration", "loading", "modeling", "pipeline", "tokenization")}
+HUB_FILES = ("checkpoint", "configuration", "loading", "modeling", "pipeline", "tokenization")
+CODE = {f"{name}_llm2slm.py" for name in HUB_FILES}
 SEVERAL_LLMS = ("t5", "t5gemma", "bert", "bart", "llama", "gemma3")
 
 
@@ -235,13 +236,13 @@ def test_a_model_made_from_a_half_precision_llm_recognises_the_full_one(llm_fold
 @pytest.fixture
 def llm_loads(monkeypatch):
     """The arguments of each load of an LLM from now on."""
-    calls, original = [], modeling.load_llm
+    calls, original = [], checkpoint_module.load_llm
 
     def spy(name, gguf_file, **kwargs):
         calls.append({"name": str(name), **kwargs})
         return original(name, gguf_file, **kwargs)
 
-    monkeypatch.setattr(modeling, "load_llm", spy)
+    monkeypatch.setattr(checkpoint_module, "load_llm", spy)
     return calls
 
 
