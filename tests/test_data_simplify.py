@@ -1,5 +1,7 @@
 """The simplification data set that `training/build_simplify.py` builds: aligned, clean, and split without leaks."""
 
+import hashlib
+import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -10,6 +12,7 @@ from datasets import load_from_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import build_simplify  # noqa: E402
+import splits  # noqa: E402
 
 SIDES = ("prompt", "completion")
 
@@ -150,12 +153,22 @@ def test_building_twice_gives_the_same_data(data):
     assert again["test"][:] == data["test"][:]
 
 
+def test_the_text_is_the_one_that_published_results_used(data):
+    texts = {split: hashlib.sha256(json.dumps(dataset[:]).encode()).hexdigest() for split, dataset in data.items()}
+    assert texts == {
+        "train": "fa6a1ce6e9bf8d277cd302c5cf1ad264cba042a21e4ce6b3f51a494417ccc89c",
+        "validation": "180172284db6ffc851a1e8dae6b10dbaa5d49de0790cb9350fcc8895745ebf67",
+        "test": "9f4bcbabb61944c9cc615c4f54b5b2b8a045d3ee37b82c0852b193e359e930fe",
+    }
+
+
 def test_split_of_a_verse_depends_on_its_group_alone():
-    rows = [{"prompt": f"verse {word}", "completion": word, "verse": word} for word in ("one", "two", "three")]
-    assert [build_simplify.choose_split(group) for group in build_simplify.group_near_duplicates(rows)] == [
-        build_simplify.choose_split([row]) for row in rows
+    rows = [{"prompt": f"verse {word}", "completion": word} for word in ("one", "two", "three")]
+    shares = {"test_share": 0.5, "validation_share": 0.25}
+    assert [splits.choose_split(group, **shares) for group in splits.group_near_duplicates(rows)] == [
+        splits.choose_split([row], **shares) for row in rows
     ]
-    assert build_simplify.choose_split(rows) == build_simplify.choose_split(rows[::-1])
+    assert splits.choose_split(rows, **shares) == splits.choose_split(rows[::-1], **shares)
 
 
 def test_main_writes_the_data_set_then_reuses_it(data, tmp_path, capsys):
@@ -182,7 +195,7 @@ def test_an_output_that_is_something_else_is_refused_and_kept(data, tmp_path):
     next((cut / "test").glob("*.arrow")).write_bytes(b"cut off")
     for output in (file, folder, other, cut):
         with pytest.raises(FileExistsError, match="is not this data set"):
-            build_simplify.save(data, output)
+            splits.save(data, output)
     assert file.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "file", "folder", "other"]
 
@@ -198,9 +211,9 @@ def test_a_failed_write_leaves_nothing(data, tmp_path, monkeypatch):
         Path(path).mkdir()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(build_simplify.DatasetDict, "save_to_disk", fail)
+    monkeypatch.setattr(splits.DatasetDict, "save_to_disk", fail)
     with pytest.raises(OSError, match="No space left"):
-        build_simplify.save(data, tmp_path / "simplify")
+        splits.save(data, tmp_path / "simplify")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,25 +16,21 @@ Choices made here:
   offsets are wrong from Genesis 42:39 on, and the verse ids count as the Hebrew does (a psalm's title is a verse).
 - *Alignment.* The text itself has what is needed: each verse's number, in the order of the ids, and, where the King
   James counts otherwise, its chapter and verse there, such as `\\43:1\\`. Two places lack that mark.
-- *Splits.* Scripture repeats itself (synoptic gospels, Kings and Chronicles, refrains). Two verses that share a run of
-  eight words on either side belong to one group, and a group goes to one split, chosen by the hash of its text.
+- *Splits.* Scripture repeats itself (synoptic gospels, Kings and Chronicles, refrains): `splits.py` keeps verses that
+  share a run of eight words in one split.
 """
 
 import argparse
 import ast
-import hashlib
 import re
-import shutil
-import tempfile
 from collections import Counter, defaultdict
 from importlib.resources import files
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import DatasetDict
+from splits import save, split_rows
 
-RUN = 8  # words. Runs of 7 chain 8,800 of the 30,800 verses into one group, runs of 8 chain 3,700, runs of 9 1,800.
-MAX_GROUP = 100  # Larger groups, held together by formulas ("did evil in the sight of the LORD"), always train.
-TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04  # of the groups up to that size
+TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04
 MIN_RATIO, MAX_RATIO = 0.4, 2.5  # words of the completion per word of the prompt; beyond, one side misses a clause
 
 MARK = re.compile(r"\s*\\(\d+):(\d+)\\")
@@ -84,11 +80,6 @@ def clean(text: str) -> str:
     return " ".join(re.sub(r"[][\\+]", "", text.translate(ASCII)).split()).replace("( ", "(")
 
 
-def normalize(text: str) -> list[str]:
-    """Returns the lower-case words of a text, without punctuation: what near-duplicates are compared by."""
-    return re.findall(r"[a-z']+", text.lower())
-
-
 def read_pairs() -> tuple[list[dict[str, str]], Counter]:
     """
     Aligns and cleans the two versions.
@@ -127,43 +118,6 @@ def read_pairs() -> tuple[list[dict[str, str]], Counter]:
     return rows, dropped
 
 
-def group_near_duplicates(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
-    """
-    Groups rows that share, prompt with prompt or completion with completion, a run of `RUN` words; a text shorter than
-    that has only the run it is. Groups are the connected components, so rows of two groups never share a run.
-    """
-    parents = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = parents[parents[i]]
-            i = parents[i]
-        return i
-
-    for side in ("prompt", "completion"):
-        first_with = {}
-        for i, row in enumerate(rows):
-            words = normalize(row[side])
-            for start in range(max(1, len(words) - RUN + 1)):
-                parents[root(i)] = root(first_with.setdefault(tuple(words[start : start + RUN]), i))
-
-    groups = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[root(i)].append(row)
-    return list(groups.values())
-
-
-def choose_split(group: list[dict[str, str]]) -> str:
-    """Chooses the split of a group by the SHA-256 of its alphabetically first prompt, whatever else is in the data."""
-    if len(group) > MAX_GROUP:
-        return "train"
-    prompt = min(" ".join(normalize(row["prompt"])) for row in group)
-    position = int.from_bytes(hashlib.sha256(prompt.encode()).digest(), "big") / 2**256  # uniform in [0, 1)
-    if position < TEST_SHARE:
-        return "test"
-    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
-
-
 def build(verbose: bool = False) -> DatasetDict:
     """
     Builds the data set in memory, in about three seconds.
@@ -177,51 +131,16 @@ def build(verbose: bool = False) -> DatasetDict:
         `verse` (such as `"Proverbs 1:2"`), all strings. Each split is in the order of the Bible.
     """
     rows, dropped = read_pairs()
-    groups = group_near_duplicates(rows)
-    split_of = {row["verse"]: choose_split(group) for group in groups for row in group}
-    data = DatasetDict(
-        {
-            split: Dataset.from_list([row for row in rows if split_of[row["verse"]] == split])
-            for split in ("train", "validation", "test")
-        }
-    )
+    data, groups = split_rows(rows, TEST_SHARE, VALIDATION_SHARE)
     if verbose:
         print("| verses | number |\n|---|---|")
         print(f"| in the King James | {len(rows) + dropped.total():,} |")
         for reason, count in dropped.most_common():
             print(f"| dropped: {reason} | {count:,} |")
-        print(f"| kept, in {len(groups):,} groups, the largest of {max(map(len, groups)):,} | {len(rows):,} |")
+        print(f"| kept, in {len(groups):,} groups, the largest of {groups[0]:,} | {len(rows):,} |")
         for split, dataset in data.items():
             print(f"| {split} | {len(dataset):,} |")
     return data
-
-
-def save(data: DatasetDict, output: Path) -> None:
-    """
-    Writes the data set aside and renames it, so that `output` is whole or absent. The same data set already there is
-    left as it is.
-
-    Raises:
-        FileExistsError: if `output` holds anything else.
-    """
-    if output.exists():
-        try:
-            saved = load_from_disk(str(output))
-            same = {split: saved[split][:] for split in saved} == {split: data[split][:] for split in data}
-        except (OSError, ValueError, TypeError, KeyError):  # no data set, a cut-off one, or one without splits
-            same = False
-        if not same:
-            raise FileExistsError(f"--output {output} exists and is not this data set. Remove it, or name another.")
-        print(f"{output} already holds this data set.")
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        data.save_to_disk(str(aside / "data"))
-        (aside / "data").rename(output)
-    finally:
-        shutil.rmtree(aside)
-    print(f"Wrote {output}.")
 
 
 def make_parser() -> argparse.ArgumentParser:

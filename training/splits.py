@@ -1,0 +1,137 @@
+"""
+Splits a data set into train, validation and test without near-duplicates across them, and saves it whole.
+
+The splits are fixed by the text, not by a seed: two rows that share a run of eight words on either side belong to one
+group, and a group goes to one split, chosen by the hash of its text.
+"""
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, DatasetInfo, load_from_disk
+
+RUN = 8  # words. In the Bible runs of 7 chain 8,800 of the 30,800 verses into one group, runs of 8 3,700, of 9 1,800.
+MAX_GROUP = 100  # Larger groups, held together by formulas ("did evil in the sight of the LORD"), always train.
+SHORT_RUN = 4  # words. Two prompts are near-identical if one prompt has half of the other's runs of this length.
+
+
+def normalize(text: str) -> list[str]:
+    """Returns the lower-case words of a text, without punctuation: what near-duplicates are compared by."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def runs(text: str, length: int) -> list[tuple[str, ...]]:
+    """Returns the runs of `length` words of a text; a text shorter than that has only the run it is."""
+    words = normalize(text)
+    return [tuple(words[start : start + length]) for start in range(max(1, len(words) - length + 1))]
+
+
+def drop_near_identical(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Drops the rows whose prompt has at least half of its runs of `SHORT_RUN` words in one prompt kept before it."""
+    kept, kept_with = [], defaultdict(list)
+    for row in rows:
+        found = set(runs(row["prompt"], SHORT_RUN))
+        shared = Counter(i for run in found for i in kept_with.get(run, ()))
+        if max(shared.values(), default=0) < len(found) / 2:
+            for run in found:
+                kept_with[run].append(len(kept))
+            kept.append(row)
+    return kept
+
+
+def group_near_duplicates(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """
+    Groups rows that share, prompt with prompt or completion with completion, a run of `RUN` words. Groups are the
+    connected components, so rows of two groups never share a run.
+    """
+    parents = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parents[i] != i:
+            parents[i] = parents[parents[i]]
+            i = parents[i]
+        return i
+
+    for side in ("prompt", "completion"):
+        first_with = {}
+        for i, row in enumerate(rows):
+            for run in runs(row[side], RUN):
+                parents[root(i)] = root(first_with.setdefault(run, i))
+
+    groups = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[root(i)].append(row)
+    return list(groups.values())
+
+
+def choose_split(group: list[dict[str, str]], test_share: float, validation_share: float) -> str:
+    """
+    Chooses the split of a group by the SHA-256 of its alphabetically first prompt, whatever else is in the data.
+
+    Args:
+        group (`list[dict[str, str]]`):
+            Rows that belong together. More than `MAX_GROUP` of them train.
+        test_share, validation_share (`float`):
+            Shares of the groups up to that size, between 0 and 1.
+    """
+    if len(group) > MAX_GROUP:
+        return "train"
+    prompt = min(" ".join(normalize(row["prompt"])) for row in group)
+    position = int.from_bytes(hashlib.sha256(prompt.encode()).digest(), "big") / 2**256  # uniform in [0, 1)
+    if position < test_share:
+        return "test"
+    return "validation" if position < test_share + validation_share else "train"
+
+
+def split_rows(
+    rows: list[dict[str, str]], test_share: float, validation_share: float, info: DatasetInfo | None = None
+) -> tuple[DatasetDict, list[int]]:
+    """
+    Splits rows by the groups of near-duplicates among them.
+
+    Returns:
+        The splits `train`, `validation` and `test`, each in the order of `rows`, and the sizes of the groups, largest
+        first.
+    """
+    groups = group_near_duplicates(rows)
+    split_of = {id(row): choose_split(group, test_share, validation_share) for group in groups for row in group}
+    data = DatasetDict(
+        {
+            # A copy, as the columns' types are written into it.
+            split: Dataset.from_list([row for row in rows if split_of[id(row)] == split], info=info and info.copy())
+            for split in ("train", "validation", "test")
+        }
+    )
+    return data, sorted(map(len, groups), reverse=True)
+
+
+def save(data: DatasetDict, output: Path) -> None:
+    """
+    Writes the data set aside and renames it, so that `output` is whole or absent. The same data set already there is
+    left as it is.
+
+    Raises:
+        FileExistsError: if `output` holds anything else.
+    """
+    if output.exists():
+        try:
+            saved = load_from_disk(str(output))
+            same = {split: saved[split][:] for split in saved} == {split: data[split][:] for split in data}
+        except (OSError, ValueError, TypeError, KeyError):  # no data set, a cut-off one, or one without splits
+            same = False
+        if not same:
+            raise FileExistsError(f"--output {output} exists and is not this data set. Remove it, or name another.")
+        print(f"{output} already holds this data set.")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        data.save_to_disk(str(aside / "data"))
+        (aside / "data").rename(output)
+    finally:
+        shutil.rmtree(aside)
+    print(f"Wrote {output}.")
