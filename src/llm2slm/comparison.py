@@ -1,0 +1,129 @@
+"""Reports of `llm2slm evaluate` side by side: a table of their scores, and paired tests against the first."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .generate import read_jsonl
+
+METRICS = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "exact_match": "Exact match",
+}
+
+
+def compare_reports(paths: list[str]) -> str:
+    """
+    Markdown tables of several reports.
+
+    Raises:
+        OSError: if a report, or the texts beside it, are missing.
+        ValueError: if a file is something else, or the reports are about different data.
+    """
+    reports = [read_report(path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if report["data"]["fingerprint"] != reports[0]["data"]["fingerprint"]:
+            raise ValueError(f"{path} and {paths[0]} are about different data: their fingerprints differ.")
+    if len(reports) == 1:
+        return score_table(reports)
+    texts = [read_texts(path, report["data"]["examples"]) for path, report in zip(paths, reports, strict=True)]
+    return score_table(reports) + "\n\n" + difference_table(reports, texts)
+
+
+def texts_path(report_path: str) -> str:
+    """Where a report's texts are."""
+    return str(Path(report_path).with_suffix(".jsonl"))
+
+
+def read_report(path: str) -> dict[str, Any]:
+    """
+    A report of this command.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if the file is something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path!r}.")
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [name for name in ("system", "data", "scores", "loss", "speed") if name not in report]
+        missing += [f"data.{name}" for name in ("fingerprint", "examples") if name not in report.get("data", {})]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a report of `llm2slm evaluate`: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not a report of `llm2slm evaluate`: it lacks {', '.join(missing)}.")
+    return report
+
+
+def read_texts(path: str, num_examples: int) -> list[dict[str, str]]:
+    """
+    The texts beside a report.
+
+    Raises:
+        OSError: if they are not there.
+        ValueError: if they are not as many as the report says.
+    """
+    beside = texts_path(path)
+    if not os.path.isfile(beside):
+        raise FileNotFoundError(f"The texts of {path} are needed beside it, but there is no {beside}.")
+    texts = read_jsonl(beside)
+    if len(texts) != num_examples:
+        raise ValueError(f"{beside} has {len(texts)} texts, but {path} says {num_examples} examples.")
+    for number, row in enumerate(texts, start=1):
+        if missing := {"completion", "response"} - set(row):
+            raise ValueError(f"{beside}, row {number} has no {' and no '.join(sorted(missing))}.")
+    return texts
+
+
+def score_table(reports: list[dict[str, Any]]) -> str:
+    """One row a system: scores with their 95% intervals, loss, probe and speed."""
+    names = [name for name in METRICS if any(name in report["scores"] for report in reports)]
+    with_probe = any("shuffled_states" in report for report in reports)
+    header = ["System", *(METRICS[name] for name in names), "Loss per token"]
+    header += ["Loss with shuffled LLM states"] * with_probe + ["Examples/s", "Tokens/s"]
+    lines = [header, ["---"] * len(header)]
+    for report in reports:
+        cells = [report["system"]]
+        for name in names:
+            score = report["scores"].get(name)
+            cells.append(f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]" if score else "")
+        cells.append(f"{report['loss']:.3f}")
+        if with_probe:
+            probe = report.get("shuffled_states")
+            cells.append(f"{probe['shuffled_loss']:.3f} ({probe['increase']:+.1%})" if probe else "")
+        cells += [f"{report['speed'][name]:.3g}" for name in ("examples_per_second", "tokens_per_second")]
+        lines.append(cells)
+    examples = reports[0]["data"]["examples"]
+    note = f"{examples:,} examples; in brackets the middle 95% of 1,000 bootstrap resamples. "
+    note += "Losses of different tokenizers are of different tokens."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
+
+
+def difference_table(reports: list[dict[str, Any]], texts: list[list[dict[str, str]]]) -> str:
+    """One row a system but the first: what it scores more than the first, the interval, and p of a paired test."""
+    from .metrics import compare, compute_statistics
+
+    names = [name for name in METRICS if all(name in report["scores"] for report in reports)]
+    header = [f"Minus {reports[0]['system']}", *(METRICS[name] for name in names)]
+    lines = [header, ["---"] * len(header)]
+    statistics = [
+        {
+            name: compute_statistics(name, [t["response"] for t in rows], [t["completion"] for t in rows])
+            for name in names
+        }
+        for rows in texts
+    ]
+    for report, own in zip(reports[1:], statistics[1:], strict=True):
+        cells = [report["system"]]
+        for name in names:
+            test = compare(own[name], statistics[0][name])
+            cells.append(f"{test['difference']:+.1f} [{test['low']:+.1f}, {test['high']:+.1f}], p = {test['p']:.3f}")
+        lines.append(cells)
+    note = "Paired bootstrap test with 1,000 resamples: differences with their 95% intervals."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"

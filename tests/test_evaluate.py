@@ -1,0 +1,492 @@
+"""`llm2slm evaluate` on each kind of model, the probe of shuffled states, tables of reports, and bad input."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_llm, build_llm_tokenizer, build_model, build_slm, build_slm_tokenizer
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
+from llm2slm.data import DataCollatorForLLM2SLM
+from llm2slm.loading_llm2slm import load_slm
+from llm2slm.pairs import fingerprint, load_pairs
+from llm2slm.shuffled_states import shuffle_among_like, states_of_others
+from llm2slm.systems import few_shot_prompts
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
+COMPLETIONS = ["w3 w2", "a b c", "w9", "w3 w7 w7", "w1 w2", "w22"]
+KINDS = ["llm2slm_llama", "llm2slm_t5", "causal", "seq2seq", "adapter"]
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    test = Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS})
+    train = Dataset.from_dict({"prompt": ["w10 w11", "w12", "w13 w14"], "completion": ["w11", "w12 w12", "w14 w13"]})
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    DatasetDict({"train": train, "test": test}).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """One model of each kind, and the LLM they are made of."""
+    root = tmp_path_factory.mktemp("models")
+    llm, llm_tokenizer, slm_tokenizer = build_llm("llama"), build_llm_tokenizer(), build_slm_tokenizer()
+    llm.generation_config.update(do_sample=True, temperature=0.3, top_k=5)  # a checkpoint may say so; it is not asked
+    llm.save_pretrained(root / "llm")
+    llm_tokenizer.save_pretrained(root / "llm")
+    for kind, slm in (("causal", "llama"), ("seq2seq", "t5")):
+        build_slm(slm).save_pretrained(root / kind)
+        slm_tokenizer.save_pretrained(root / kind)
+        model = build_model(str(root / "llm"), slm)
+        model.save_pretrained(root / f"llm2slm_{slm}")
+        LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer).save_pretrained(root / f"llm2slm_{slm}")
+    save_adapter(load_slm(str(root / "llm")), root / "adapter", target_modules="all-linear", task_type="CAUSAL_LM")
+    llm_tokenizer.save_pretrained(root / "adapter")
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def save_adapter(model, folder, **kwargs):
+    torch.manual_seed(7)
+    adapted = get_peft_model(model, LoraConfig(r=4, **kwargs))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    adapted.save_pretrained(folder)
+
+
+def evaluate(*options) -> None:
+    assert cli.main(["evaluate", "--batch-size", "4", "--max-new-tokens", str(NEW_TOKENS), *map(str, options)]) is None
+
+
+def read(path: Path) -> tuple[dict, list[dict]]:
+    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(path.read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+
+
+def assert_one_line_error(capsys, options: list, *fragments: str):
+    code = cli.main(["evaluate", *map(str, options)])
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == "" and "Traceback" not in captured.err
+    *_, last = captured.err.rstrip("\n").split("\n")
+    assert last.startswith("llm2slm evaluate: error: "), captured.err
+    for fragment in fragments:
+        assert fragment in last
+
+
+# ----------------------------------------------------------------------------------------- what must come out, by hand
+def load_by_hand(kind, folders):
+    """The model as its users load it, and what tokenizes prompts and responses."""
+    if kind.startswith("llm2slm"):
+        tokenizer = LLM2SLMTokenizer.from_pretrained(folders[kind])
+        return LLM2SLMForConditionalGeneration.from_pretrained(folders[kind]), tokenizer.llm_tokenizer, tokenizer
+    if kind == "adapter":
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llm"]), folders["adapter"])
+        return model.eval(), build_llm_tokenizer(), build_llm_tokenizer()
+    return load_slm(folders[kind]).eval(), build_slm_tokenizer(), build_slm_tokenizer()
+
+
+def labels_of(text, kind, tokenizer) -> list[int]:
+    if kind.startswith("llm2slm"):
+        return tokenizer(text_target=text)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def expected_loss(kind, folders) -> float:
+    """One pair at a time, with the model's own loss."""
+    model, prompt_tokenizer, tokenizer = load_by_hand(kind, folders)
+    total, count = 0.0, 0
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids, labels = prompt_tokenizer(prompt)["input_ids"], labels_of(completion, kind, tokenizer)
+        count += len(labels)
+        if kind in ("causal", "adapter"):
+            labels_after_prompt = torch.tensor([[-100] * len(ids) + labels])
+            loss = model(input_ids=torch.tensor([ids + labels]), labels=labels_after_prompt).loss
+        else:
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        total += loss.item() * len(labels)
+    return total / count
+
+
+def expected_responses(kind, folders, **kwargs) -> tuple[list[str], int]:
+    """One prompt at a time, and the number of tokens."""
+    model, prompt_tokenizer, tokenizer = load_by_hand(kind, folders)
+    texts, num_tokens = [], 0
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt_tokenizer(prompt)["input_ids"]])
+        arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        output = model.generate(input_ids=ids, **{**arguments, **kwargs})[0].tolist()
+        if kind in ("causal", "adapter"):
+            output = output[ids.shape[1] :]
+        elif kind != "llm2slm_llama":
+            output = output[1:]
+        texts.append(tokenizer.decode(output, skip_special_tokens=True))
+        num_tokens += len(output)
+    return texts, num_tokens
+
+
+# -------------------------------------------------------------------------------------------------- each kind's report
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_of_each_kind_of_model(kind, folders, data, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    evaluate("--model", folders[kind], "--data", data, "--output", path)
+    report, texts = read(path)
+    responses, num_tokens = expected_responses(kind, folders)
+    assert texts == [
+        {"prompt": prompt, "completion": completion, "response": response}
+        for prompt, completion, response in zip(PROMPTS, COMPLETIONS, responses, strict=True)
+    ]
+    assert len(set(responses)) > 1  # a model that always writes the same would prove little
+    assert report["loss"] == pytest.approx(expected_loss(kind, folders), rel=1e-4)
+    assert report["system"] == kind and report["model"] == folders[kind]
+    assert report["data"]["fingerprint"] == fingerprint(load_pairs(data, "test"))
+    assert (report["data"]["source"], report["data"]["split"], report["data"]["examples"]) == (data, "test", 6)
+    assert list(report["scores"]) == ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
+    for score in report["scores"].values():
+        assert score["low"] <= score["score"] <= score["high"] and score["signature"]
+    speed = report["speed"]
+    assert speed["examples_per_second"] * speed["seconds"] == pytest.approx(6) and speed["batch_size"] == 4
+    assert speed["tokens_per_second"] * speed["seconds"] == pytest.approx(num_tokens)
+    assert {"transformers", "sacrebleu", "rouge_score"} <= set(report["versions"])
+    assert {"cpu", "threads", "gpu"} <= set(report["machine"])
+    if kind.startswith("llm2slm"):
+        probe = report["shuffled_states"]
+        assert probe["loss"] == report["loss"] != pytest.approx(probe["shuffled_loss"], rel=1e-3)
+        assert probe["increase"] == pytest.approx(probe["shuffled_loss"] / probe["loss"] - 1)
+    else:
+        assert "shuffled_states" not in report
+    table = capsys.readouterr().out
+    assert f"| {kind} |" in table and f"{report['loss']:.3f}" in table
+
+
+@pytest.mark.parametrize("kind", ["llm2slm_t5", "causal"])
+def test_beams_part_of_the_data_and_some_metrics(kind, folders, data, tmp_path):
+    path = tmp_path / "report.json"
+    options = ["--num-beams", 3, "--max-examples", 3, "--metrics", "chrf", "exact_match"]
+    evaluate("--model", folders[kind], "--data", data, "--output", path, *options)
+    report, texts = read(path)
+    responses, _ = expected_responses(kind, folders, num_beams=3)
+    assert [row["prompt"] for row in texts] == PROMPTS[::2]
+    assert [row["response"] for row in texts] == responses[::2]
+    assert list(report["scores"]) == ["chrf", "exact_match"] and report["generation"]["num_beams"] == 3
+
+
+def test_an_adapter_of_an_llm2slm_checkpoint(folders, data, tmp_path):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(folders["llm2slm_llama"])
+    save_adapter(model, tmp_path / "lora", target_modules=r"slm\..*\.(q|v)_proj", modules_to_save=["projector"])
+    for name, options in (("base", folders["llm2slm_llama"]), ("lora", tmp_path / "lora")):
+        evaluate("--model", options, "--data", data, "--output", tmp_path / f"{name}.json")
+    (base, _), (lora, _) = read(tmp_path / "base.json"), read(tmp_path / "lora.json")
+    assert lora["loss"] != pytest.approx(base["loss"], rel=1e-3) and "shuffled_states" in lora
+
+
+def test_an_adapters_base_is_where_the_options_or_the_training_say(folders, data, tmp_path):
+    adapter = tmp_path / "adapter"
+    save_adapter(load_slm(folders["llm"]), adapter, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    evaluate("--model", adapter, "--llm", folders["llm"], "--data", data, "--output", tmp_path / "option.json")
+    run = {"data": {"prompt_format": None}, "llm": {"name_or_path": folders["llm"], "revision": None}}
+    (adapter / "run.json").write_text(json.dumps(run))
+    evaluate("--model", adapter, "--data", data, "--output", tmp_path / "training.json")
+    (option, texts), (training, same_texts) = read(tmp_path / "option.json"), read(tmp_path / "training.json")
+    assert option["loss"] == training["loss"] == pytest.approx(expected_loss("adapter", folders), rel=1e-4)
+    assert texts == same_texts
+
+
+def test_formats_are_those_of_the_training_unless_the_options_say_others(folders, data, tmp_path):
+    model = load_slm(folders["causal"])
+    model.save_pretrained(tmp_path / "slm")
+    build_slm_tokenizer().save_pretrained(tmp_path / "slm")
+    formats = {"prompt_format": "{prompt} so", "completion_format": None}
+    (tmp_path / "slm" / "run.json").write_text(json.dumps({"data": formats, "llm": None}))
+    evaluate("--model", tmp_path / "slm", "--data", data, "--output", tmp_path / "a.json")
+    evaluate(
+        *("--model", tmp_path / "slm", "--data", data, "--output", tmp_path / "b.json"),
+        *("--prompt-format", "{completion}", "--completion-format", "{prompt}"),
+    )
+    (a, a_texts), (b, b_texts) = read(tmp_path / "a.json"), read(tmp_path / "b.json")
+    assert a["data"]["prompt_format"] == "{prompt} so" and a_texts[0]["prompt"] == "w1 w2 w3 so"
+    assert (b_texts[0]["prompt"], b_texts[0]["completion"]) == ("w3 w2", "w1 w2 w3")
+    assert a["data"]["fingerprint"] != b["data"]["fingerprint"]
+
+
+def test_prompts_are_cut_only_when_asked_for(folders, data, tmp_path):
+    evaluate("--model", folders["causal"], "--data", data, "--output", tmp_path / "all.json")
+    evaluate(
+        *("--model", folders["causal"], "--data", data, "--output", tmp_path / "cut.json", "--prompt-max-length", 2)
+    )
+    (whole, _), (cut, texts) = read(tmp_path / "all.json"), read(tmp_path / "cut.json")
+    model, tokenizer = load_slm(folders["causal"]).eval(), build_slm_tokenizer()
+    ids = torch.tensor([tokenizer(PROMPTS[2])["input_ids"][:2]])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert texts[2]["response"] == tokenizer.decode(output[0, 2:], skip_special_tokens=True)
+    assert cut["loss"] != whole["loss"] and cut["generation"]["prompt_max_length"] == 2
+
+
+def test_chats_are_read_through_the_template(folders, tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": completion}],
+        }
+        for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "chats")
+    path = tmp_path / "report.json"
+    evaluate("--model", folders["llm"], "--data", tmp_path / "chats", "--split", "train", "--output", path)
+    _, texts = read(path)
+    model, tokenizer = load_slm(folders["llm"]).eval(), build_llm_tokenizer()
+    ids = torch.tensor([tokenizer(f"user {PROMPTS[0]} assistant", add_special_tokens=False)["input_ids"]])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert texts[0]["response"] == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert texts[0]["prompt"] == rows[0]["prompt"] and texts[0]["completion"] == COMPLETIONS[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ few-shot
+SHOTS = [{"prompt": "w10\n", "completion": "w11"}, {"prompt": "w12\n", "completion": "w13"}]
+
+
+def test_examples_and_instruction_become_turns_of_a_chat():
+    chats = few_shot_prompts(["w1\n", "w2\n"], SHOTS[:1], "Say it.", build_llm_tokenizer())
+    user, assistant = (lambda text: {"role": "user", "content": text}), {"role": "assistant", "content": "w11"}
+    assert chats[1] == [user("Say it.\n\nw10"), assistant, user("Say it.\n\nw2")]
+    assert few_shot_prompts(["w1"], [], "Say it.", build_llm_tokenizer()) == [[user("Say it.\n\nw1")]]
+
+
+def test_examples_and_instruction_become_text_without_a_chat_template():
+    prompts = few_shot_prompts(["w1\n"], SHOTS, "Say it.", build_slm_tokenizer())
+    assert prompts == ["Say it.\n\nw10\nw11\n\nw12\nw13\n\nw1\n"]
+    assert few_shot_prompts(["w1"], SHOTS[:1], None, build_slm_tokenizer()) == ["w10\nw11\n\nw1\n"]
+
+
+def test_few_shot_prompts_are_what_the_model_reads(folders, data, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate("--model", folders["llm"], "--data", data, "--few-shot", 2, "--instruction", "w50", "--output", path)
+    report, texts = read(path)
+    assert report["system"] == "llm, 2-shot" and report["generation"]["instruction"] == "w50"
+    assert texts[0]["prompt"] == PROMPTS[0]  # what is shown before is not the prompt
+    model, tokenizer = load_slm(folders["llm"]).eval(), build_llm_tokenizer()
+    shots = load_pairs(data, "train", max_examples=2).to_list()
+    chat = few_shot_prompts(PROMPTS[:1], shots, "w50", tokenizer)[0]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert texts[0]["response"] == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_without_a_chat_template_a_blank_line_ends_the_response(tmp_path):
+    vocab = {token: i for i, token in enumerate(["<eos>", *pre_tokenizers.ByteLevel.alphabet(), "ĊĊ"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("Ċ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<eos>", "pad_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "bigram")
+    # A model that looks at the last token only: a line's end is followed by y, that by z, that by an empty line.
+    shape = {"hidden_size": len(vocab), "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), eos_token_id=0, pad_token_id=0, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(len(vocab)))
+        for token, following in (("Ċ", "y"), ("y", "z"), ("z", "ĊĊ"), ("ĊĊ", "x"), ("x", "y")):
+            model.lm_head.weight[vocab[following], vocab[token]] = 1.0
+    model.save_pretrained(tmp_path / "bigram")
+    pairs = Dataset.from_list([{"prompt": "ab", "completion": "y"}, {"prompt": "c", "completion": "z"}])
+    pairs.save_to_disk(tmp_path / "data")
+    common = ["--model", tmp_path / "bigram", "--data", tmp_path / "data", "--split", "train"]
+    evaluate(*common, "--instruction", "x", "--output", tmp_path / "report.json")
+    report, texts = read(tmp_path / "report.json")
+    assert [row["response"] for row in texts] == ["yz", "yz"]
+    assert report["speed"]["tokens_per_second"] * report["speed"]["seconds"] == pytest.approx(6)  # the ends count
+
+
+# ----------------------------------------------------------------------------------------------------- shuffled states
+@pytest.mark.parametrize(
+    "lengths", [[3, 3], [3, 9], [5, 5, 5], [4, 7, 4, 9, 7, 7, 2], [1, 2, 3], [8, 8, 2], [2, 3, 3, 3, 4], [*range(9)]]
+)
+def test_each_example_gets_anothers_states_and_each_is_given_once(lengths):
+    donors = shuffle_among_like(lengths)
+    assert sorted(donors) == list(range(len(lengths)))
+    assert all(donor != i for i, donor in enumerate(donors))
+
+
+def test_states_are_of_the_same_length_where_there_is_another():
+    lengths = [4, 7, 4, 9, 7, 7, 4]
+    donors = shuffle_among_like(lengths)
+    assert [lengths[donors[i]] for i in (0, 2, 6)] == [4, 4, 4]
+    assert sorted(lengths[donors[i]] for i in (1, 3, 4, 5)) == [7, 7, 7, 9]  # 9 is alone
+
+
+def collated(prompts):
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
+    return DataCollatorForLLM2SLM(tokenizer)([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts])
+
+
+def test_states_of_others_are_cut_or_repeated_to_the_prompts_length():
+    model = build_model("llama", "llama")
+    batch, others = collated(["w1 w2 w3", "w4", "w5 w6"]), collated(["w7", "w8 w9", "w10 w11"])
+    states = states_of_others(model, batch, others)
+    alone = [model.encode_hidden_states(**collated([prompt]))[0] for prompt in ("w7", "w8 w9", "w10 w11")]
+    torch.testing.assert_close(states[0, :4], alone[0].repeat(2, 1))  # 2 states, the end token's too, for 4 places
+    torch.testing.assert_close(states[1, :2], alone[1][:2])
+    torch.testing.assert_close(states[2, :3], alone[2])
+    assert (states[batch["attention_mask"] == 0] == 0).all()
+
+
+def test_with_add_the_llms_input_embeddings_stay_the_prompts_own():
+    model = build_model("llama", "llama", fusion="add", llm_layer=[1, 2])
+    batch, others = collated(["w1 w2 w3", "w4 w5 w6"]), collated(["w7 w8 w9", "w1 w1 w1"])
+    own, given = model.encode_hidden_states(**batch), model.encode_hidden_states(**others)
+    states, width = states_of_others(model, batch, others), model.config.llm_hidden_size
+    assert model.config.prompt_layers == [1, 2, 0]
+    torch.testing.assert_close(states[..., : 2 * width], given[..., : 2 * width])
+    torch.testing.assert_close(states[..., 2 * width :], own[..., 2 * width :])
+
+
+@pytest.mark.parametrize("shared_tokenizer", [True, False])
+def test_the_probe_finds_nothing_in_a_model_that_does_not_use_its_llm(shared_tokenizer, folders, data, tmp_path):
+    model = build_model(folders["llm"], "llama", fusion="add", shared_tokenizer=shared_tokenizer)
+    LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer()).save_pretrained(tmp_path / "unused")
+    used = copy.deepcopy(model.projector.out.weight.data)
+    for name, weight in (("unused", torch.zeros_like(used)), ("used", used)):
+        model.projector.out.weight.data = weight
+        model.save_pretrained(tmp_path / name)
+        LLM2SLMTokenizer.from_pretrained(tmp_path / "unused").save_pretrained(tmp_path / name)
+        evaluate("--model", tmp_path / name, "--data", data, "--output", tmp_path / f"{name}.json")
+    assert read(tmp_path / "unused.json")[0]["shuffled_states"]["increase"] == pytest.approx(0, abs=1e-6)
+    assert abs(read(tmp_path / "used.json")[0]["shuffled_states"]["increase"]) > 1e-3
+
+
+def test_one_example_has_no_probe(folders, data, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate("--model", folders["llm2slm_t5"], "--data", data, "--max-examples", 1, "--output", path)
+    assert "shuffled_states" not in read(path)[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+@pytest.fixture
+def reports(tmp_path) -> list[str]:
+    """A bad system, a good one, and the bad one again, on 60 examples."""
+    references = [f"the cat number {i} sat on mat {i % 7} today" for i in range(60)]
+    responses = {
+        "bad": [text.replace("cat", "dog").replace("sat on", "at") for text in references],
+        "good": [text if i % 3 else text.replace("cat", "dog") for i, text in enumerate(references)],
+        "same": [text.replace("cat", "dog").replace("sat on", "at") for text in references],
+    }
+    for system, texts in responses.items():
+        scores = {name: {"score": 50.0, "low": 45.0, "high": 55.25, "signature": ""} for name in ("chrf", "bleu")}
+        report = {
+            "system": system,
+            "data": {"fingerprint": "f", "examples": 60},
+            "scores": scores,
+            "loss": 1.5,
+            "speed": {"examples_per_second": 12.5, "tokens_per_second": 250.0},
+        }
+        (tmp_path / f"{system}.json").write_text(json.dumps(report))
+        rows = [{"prompt": "p", "completion": a, "response": b} for a, b in zip(references, texts, strict=True)]
+        (tmp_path / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(tmp_path / f"{system}.json") for system in responses]
+
+
+def test_comparison_tables_have_scores_and_tests_against_the_first(reports, tmp_path, capsys):
+    assert cli.main(["evaluate", "--compare", *reports, "--output", str(tmp_path / "table.md")]) is None
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == table
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert lines[0] == ["System", "BLEU", "chrF", "Loss per token", "Examples/s", "Tokens/s"]
+    assert lines[2] == ["bad", "50.0 [45.0, 55.2]", "50.0 [45.0, 55.2]", "1.500", "12.5", "250"]
+    assert lines[5] == ["Minus bad", "BLEU", "chrF"]
+    better, same = lines[7], lines[8]
+    assert better[0] == "good" and all(cell.startswith("+") and cell.endswith("p = 0.001") for cell in better[1:])
+    assert same == ["same", *["+0.0 [+0.0, +0.0], p = 1.000"] * 2]
+
+
+def test_one_report_is_a_table_too(reports, capsys):
+    assert cli.main(["evaluate", "--compare", reports[0]]) is None
+    output = capsys.readouterr().out
+    assert "| bad |" in output and "Minus" not in output
+
+
+def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
+    first, second = Path(reports[0]), Path(reports[1])
+    output = tmp_path / "table.md"
+    output.write_text("mine")
+    assert_one_line_error(capsys, ["--compare", first, "--output", output], "table.md exists")
+    assert output.read_text() == "mine"
+    assert_one_line_error(capsys, ["--compare", first, "--model", "x"], "without --model")
+    assert_one_line_error(capsys, ["--compare", first, tmp_path / "none.json"], "There is no file", "none.json")
+    texts = second.with_suffix(".jsonl").read_text()
+    second.with_suffix(".jsonl").write_text(texts.partition("\n")[2])
+    assert_one_line_error(capsys, ["--compare", first, second], "59 texts", "60 examples")
+    second.with_suffix(".jsonl").write_text(texts.replace("response", "answer"))
+    assert_one_line_error(capsys, ["--compare", first, second], "row 1 has no response")
+    second.with_suffix(".jsonl").unlink()
+    assert_one_line_error(capsys, ["--compare", first, second], "no", "good.jsonl")
+    report = json.loads(second.read_text())
+    second.write_text(json.dumps({**report, "data": {"fingerprint": "other", "examples": 60}}))
+    assert_one_line_error(capsys, ["--compare", first, second], "different data")
+    second.write_text(json.dumps({"systems": []}))
+    assert_one_line_error(capsys, ["--compare", first, second], "not a report", "system, data")
+    second.write_text("[1, 2")
+    assert_one_line_error(capsys, ["--compare", first, second], "not a report")
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def test_an_existing_report_is_refused_before_any_work(tmp_path, capsys):
+    for name in ("report.json", "report.jsonl"):
+        (tmp_path / name).write_text("mine")
+        options = ["--model", "./none", "--data", "./none", "--output", tmp_path / "report.json"]
+        assert_one_line_error(capsys, options, f"{name} exists")
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
+def test_missing_and_contradictory_options_are_said(folders, data, tmp_path, capsys):
+    output = ["--output", tmp_path / "report.json"]
+    assert_one_line_error(capsys, ["--model", folders["causal"]], "Say --data and --output")
+    common = ["--data", data, "--output"]
+    assert_one_line_error(capsys, ["--model", folders["causal"], *common, tmp_path / "r.txt"], "end in .json")
+    common = ["--data", data, *output]
+    for kind, options, fragments in (
+        ("causal", ["--llm", folders["llm"]], ["needs no other model"]),
+        ("llm2slm_t5", ["--few-shot", 1], ["not for LLM-to-SLM"]),
+        ("causal", ["--few-shot", 1, "--prompt-max-length", 3], ["would cut off the prompt"]),
+        ("causal", ["--split", "validation"], ["no split 'validation'", "'test'"]),
+        ("causal", ["--few-shot", 1, "--few-shot-split", "dev"], ["no split 'dev'"]),
+        ("causal", ["--prompt-format", "{text}"], ["no column 'text'"]),
+        ("causal", ["--max-new-tokens", 60], ["the model has 64", "--max-new-tokens"]),
+        ("llm2slm_llama", ["--max-new-tokens", 60], ["the model has 64", "--prompt-max-length"]),
+    ):
+        assert_one_line_error(capsys, ["--model", folders[kind], *common, *options], *fragments)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_no_model_is_said(folders, data, tmp_path, capsys):
+    common = ["--data", data, "--output", tmp_path / "report.json"]
+    assert_one_line_error(capsys, ["--model", "./none", *common], "no folder './none'")
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(capsys, ["--model", tmp_path / "empty", *common], "empty")
+    load_slm(folders["causal"]).save_pretrained(tmp_path / "bare")
+    assert_one_line_error(capsys, ["--model", tmp_path / "bare", *common], "no tokenizer", "bare")
+    (tmp_path / "bare" / "run.json").write_text("{}")
+    assert_one_line_error(capsys, ["--model", tmp_path / "bare", *common], "run.json is not what")
+
+
+@pytest.mark.parametrize("side", ["prompt", "completion"])
+def test_an_empty_side_is_refused(side, folders, tmp_path, capsys):
+    rows = {"prompt": ["w1", "w2"], "completion": ["w1", "w2"]}
+    rows[side][1] = " "
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
+    options = ["--data", tmp_path / "data", "--split", "train", "--output", tmp_path / "report.json"]
+    assert_one_line_error(capsys, ["--model", folders["causal"], *options], "Row 1", side, "is empty")
