@@ -48,7 +48,7 @@ def run(request, model, module_calls):
             if request.param == "generate":
                 return model.generate(**prompt, **ONE_TOKEN)
             if request.param == "forward":
-                return model(**prompt, labels=LABELS[: len(next(iter(prompt.values())))])
+                return model(**prompt, labels=build_labels(len(next(iter(prompt.values())))))
             if "prompt_embeds" in prompt:
                 return model.generate(**prompt, **ONE_TOKEN)
             return model.encode_prompt(**prompt)
@@ -206,6 +206,30 @@ def test_labels_that_teach_nothing_or_are_outside_the_vocabulary(slm):
         model(**PROMPT)
 
 
+@pytest.mark.parametrize("prompt", ["input_ids", "prompt_hidden_states", "prompt_embeds"])
+@pytest.mark.parametrize("name", ["labels", "decoder_input_ids"])
+def test_a_response_that_is_not_one_row_for_each_prompt(model, module_calls, prompt, name):
+    tensors = {
+        "input_ids": PROMPT["input_ids"],
+        "prompt_hidden_states": torch.zeros(3, 9, LLM_HIDDEN),
+        "prompt_embeds": torch.zeros(3, 9, SLM_HIDDEN),
+    }
+    before = len(module_calls)
+    for response in (LABELS[:2], LABELS[0], LABELS[:, :0]):
+        message = rf"`{name}` must have shape \(3, response_length\), one row for each prompt, got \("
+        with pytest.raises(ValueError, match=message):
+            model(**{prompt: tensors[prompt], name: response.clamp(min=0)})
+    assert len(module_calls) == before
+
+
+def test_invalid_labels_are_refused_before_the_llm_runs(model, module_calls):
+    before = len(module_calls)
+    for labels in (None, torch.full((3, 4), -100), torch.full((3, 4), SLM_VOCAB)):
+        with pytest.raises(ValueError, match="response|labels"):
+            model(**PROMPT, labels=labels)
+    assert len(module_calls) == before
+
+
 # ------------------------------------------------------------------------------------------------------ configurations
 @pytest.mark.parametrize(
     ("field", "message"),
@@ -230,17 +254,64 @@ def test_unknown_choices(field, message):
         LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(build_llm(), build_slm(), **field)
 
 
-def test_a_shared_tokenizer_that_cannot_be_shared():
-    small_slm = llama(SLM_HIDDEN, LLM_VOCAB - 1)
+def small_slm():
+    return AutoModelForCausalLM.from_config(llama(SLM_HIDDEN, LLM_VOCAB - 1))
+
+
+@pytest.mark.parametrize("fusion", ["add", "replace"])
+def test_a_trimmed_vocabulary_without_its_token_map(fusion):
     message = (
-        r"`shared_tokenizer=True` needs an SLM that has an embedding for each of the LLM's 60 ids.*vocabulary has 59.*"
-        "leave it False: `fusion='add'` then adds to a learned projection of the LLM's input embeddings"
+        r"trimmed vocabulary \(the LLM's vocabulary has 60 tokens, the SLM's 59\) needs `prompt_token_map`.*leave "
+        "`shared_tokenizer=False`: `fusion='add'` then adds to a learned projection of the LLM's input embeddings"
     )
     with pytest.raises(ValueError, match=message):
-        LLM2SLMConfig.from_sub_configs(llama(LLM_HIDDEN, LLM_VOCAB), small_slm, fusion="add", shared_tokenizer=True)
+        LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+            build_llm(), small_slm(), fusion=fusion, shared_tokenizer=True
+        )
     # Without the claim it is what the message says.
-    config = LLM2SLMConfig.from_sub_configs(llama(LLM_HIDDEN, LLM_VOCAB), small_slm, fusion="add")
-    assert LLM2SLMForConditionalGeneration(config).projector.llm_embeddings is not None
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(build_llm(), small_slm(), fusion="add")
+    assert model.projector.llm_embeddings is not None and model.prompt_token_map is None
+
+
+@pytest.mark.parametrize(
+    ("token_map", "message"),
+    [
+        ([0] * (LLM_VOCAB - 1), r"must be integers of shape \(60,\).*got torch.int64 of shape \(59,\)"),
+        (torch.zeros(LLM_VOCAB), r"must be integers of shape \(60,\).*got torch.float32"),
+        ([LLM_VOCAB - 1] * LLM_VOCAB, "must hold ids of the SLM's tokenizer, from 0 to 58, or -1; found 59"),
+        ([-2] * LLM_VOCAB, "must hold ids of the SLM's tokenizer, from 0 to 58, or -1; found -2"),
+    ],
+    ids=["short", "float", "too high", "too low"],
+)
+def test_a_token_map_of_another_pair(token_map, message):
+    with pytest.raises(ValueError, match=f"`prompt_token_map` {message}"):
+        LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+            build_llm(), small_slm(), shared_tokenizer=True, prompt_token_map=token_map
+        )
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_token_map_where_none_is_needed(shared):
+    slm = build_slm() if shared else small_slm()
+    with pytest.raises(ValueError, match=f"`prompt_token_map` is for.*got `shared_tokenizer={shared}` where"):
+        LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+            build_llm(), slm, shared_tokenizer=shared, prompt_token_map=[0] * LLM_VOCAB
+        )
+
+
+def test_a_shared_vocabulary_resized_to_one_that_is_not():
+    model = build_model(fusion="add", shared_tokenizer=True)
+    with pytest.raises(ValueError, match="must have at least 60 tokens, got 59"):
+        model.resize_token_embeddings(LLM_VOCAB - 1)
+    token_map = [min(i, 49) for i in range(LLM_VOCAB)]
+    trimmed = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        build_llm(), small_slm(), shared_tokenizer=True, prompt_token_map=token_map
+    )
+    for size in (49, LLM_VOCAB):
+        with pytest.raises(ValueError, match=f"must have at least 50 and at most 59 tokens, got {size}"):
+            trimmed.resize_token_embeddings(size)
+    trimmed.resize_token_embeddings(50)
+    assert trimmed.config.vocab_size == 50
 
 
 @pytest.mark.parametrize("rows", [(3, 8), (2, 9)], ids=str)
@@ -251,6 +322,9 @@ def test_adding_needs_ids_that_fit_the_cached_states(rows):
         model.generate(prompt_hidden_states=states, attention_mask=PROMPT["attention_mask"], **ONE_TOKEN)
     ids = torch.ones(rows, dtype=torch.long)
     with pytest.raises(ValueError, match=rf"`input_ids` \({rows[0]}, {rows[1]}\) and `prompt_hidden_states` \(3, 9,"):
+        model.generate(ids, prompt_hidden_states=states, attention_mask=PROMPT["attention_mask"], **ONE_TOKEN)
+    ids = torch.full((3, 9), LLM_VOCAB)
+    with pytest.raises(ValueError, match="`input_ids` must be ids of the LLM's tokenizer, from 0 to 59; found 60"):
         model.generate(ids, prompt_hidden_states=states, attention_mask=PROMPT["attention_mask"], **ONE_TOKEN)
 
 

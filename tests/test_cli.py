@@ -1,5 +1,6 @@
 """Every command end to end on a tiny checkpoint, its help, and one line for each kind of bad input."""
 
+import argparse
 import io
 import json
 import os
@@ -7,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import types
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -114,26 +114,42 @@ def test_help_of_each_command(command, capsys):
         cli.main([command, "--help"])
     assert exit_info.value.code == 0
     output = capsys.readouterr().out
-    assert f"usage: llm2slm {command}" in output and "--output" in output and "--config" in output
+    assert f"usage: llm2slm {command}" in output and "--config" in output
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
+# The options of `train` are those of Transformers' Trainer, too.
+QUICK_HELP = [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in cli.COMMANDS if name != "train")]
+
+
+@pytest.mark.parametrize("argv", QUICK_HELP, ids=" ".join)
 def test_help_needs_neither_torch_nor_transformers(argv):
-    # The package's own __init__ is left out: it registers the Auto classes, for which it imports both.
+    # As the installed script does.
     code = f"""
-import sys, types
-package = types.ModuleType("llm2slm")
-package.__path__ = [{str(Path(cli.__file__).parent)!r}]
-sys.modules["llm2slm"] = package
-from llm2slm import cli
+import sys
+sys.argv = ["/somewhere/bin/llm2slm", *{argv!r}]
+from llm2slm.cli import main
 try:
-    cli.main({argv!r})
+    main()
 finally:
     assert not {{"torch", "transformers"}} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "llm2slm" in result.stdout
+
+
+@pytest.mark.parametrize("argv", [["script.py", "--help"], ["/somewhere/bin/llm2slm", "generate"]], ids=" ".join)
+def test_everywhere_else_importing_the_package_registers_the_auto_classes(argv):
+    code = f"""
+import sys
+sys.argv = {argv!r}
+import llm2slm
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+assert AutoConfig.for_model("llm2slm").model_type == "llm2slm"
+assert llm2slm.LLM2SLMConfig in AutoModelForSeq2SeqLM._model_mapping
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_module_is_the_command():
@@ -185,12 +201,62 @@ def test_bad_recipe_is_one_line(text, message, tmp_path, capsys):
     assert_one_line_error(capsys, ["generate", "--config", str(recipe)], message)
 
 
-def test_unknown_option_in_a_recipe_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, nearest",
+    [("max_tokens", "max_new_tokens"), ("sed", "seed"), ("num-beam", "num_beams"), ("config", "config")],
+)
+def test_unknown_option_in_a_recipe_is_named_with_the_nearest(name, nearest, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: x\nmax_tokens: 3\n")
-    with pytest.raises(SystemExit):
-        cli.main(["generate", "--config", str(recipe)])
-    assert "--max-tokens=3" in capsys.readouterr().err
+    recipe.write_text(f"model: x\n{name}: 3\n")
+    message = f"generate has no option '{name}'" + (f"; the nearest is '{nearest}'." if name != "config" else "")
+    assert_one_line_error(capsys, ["generate", "--config", str(recipe)], message)
+
+
+def recipe_values(text, tmp_path) -> dict:
+    """What a recipe for a command with every kind of option gives it."""
+    seen = {}
+
+    def make_parser(parser):
+        parser.add_argument("--some_rate", "--some-rate", type=float, default=1.0)
+        parser.add_argument("--layers", nargs="+", type=int)
+        parser.add_argument("--strategy", choices=["no", "steps"], default="steps")
+        parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction)
+        parser.add_argument("--quiet", action="store_true")
+        parser.add_argument("--bf16", nargs="?", const=True, type=lambda text: text == "yes")
+        parser.add_argument("--more", type=json.loads)
+        parser.add_argument("--text", default="default")
+
+    module = types.ModuleType("llm2slm.kinds")
+    module.make_parser, module.run = make_parser, lambda args: seen.update(vars(args))
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "llm2slm.kinds", module)
+        patch.setitem(cli.COMMANDS, "kinds", "all kinds")
+        assert cli.main(["kinds", "--config", str(tmp_path / "recipe.yaml")]) is None
+    return seen
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("some_rate: 2e-3", "some_rate", 0.002),  # a string in YAML
+        ("some-rate: 0.5", "some_rate", 0.5),
+        ("layers: [0, -1]", "layers", [0, -1]),
+        ("strategy: no", "strategy", "no"),  # a boolean in YAML
+        ("shuffle: true", "shuffle", True),
+        ("shuffle: false", "shuffle", False),
+        ("quiet: true", "quiet", True),
+        ("quiet: false", "quiet", False),
+        ("bf16: true", "bf16", True),
+        ("bf16: false", "bf16", False),
+        ("more: {a: 1, b: [x]}", "more", {"a": 1, "b": ["x"]}),
+        ('text: "{prompt}\\n"', "text", "{prompt}\n"),
+        ("text: null", "text", "default"),
+        ('text: "--quiet"', "text", "--quiet"),
+    ],
+)
+def test_recipes_have_types(text, name, value, tmp_path):
+    assert recipe_values(text, tmp_path)[name] == value
 
 
 # ---------------------------------------------------------------------------------------------------------- generate
@@ -390,34 +456,6 @@ def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "| slm | " in output and "| llm2slm | " in output and "| llm | " not in output
     assert "bfloat16" in output and "llm / llm2slm" not in output
-
-
-@pytest.mark.parametrize(
-    "name, parameters",
-    [("t5-large", 737.7), ("t5-small", 60.5), ("smollm2-135m", 134.5), ("llama-15m", 14.7), ("llama-5m", 4.5)],
-)
-def test_sizes_are_those_of_the_real_models(name, parameters):
-    args = Namespace(model=None, llm=name, slm=name, dtype="auto", device="meta")
-    with torch.device("meta"):
-        model = benchmark.load_shape(name, args)
-    assert benchmark.count_parameters(model) / 1e6 == pytest.approx(parameters, abs=0.06)
-
-
-def test_all_systems_read_and_write_the_same_lengths(checkpoint):
-    args = Namespace(
-        model=checkpoint, llm=None, revision=None, dtype="float32", device="cpu", systems=benchmark.SYSTEMS,
-        batch_size=2, prompt_length=6, response_length=5,
-    )  # fmt: skip
-    for system in benchmark.load_systems(args):
-        clock = benchmark.Clock()
-        ids = system.generate(5, clock)
-        before = 6  # `generate` of a decoder-only model returns the prompt too
-        if system.name != "llm" and checkpoint.endswith("t5"):
-            before = 1  # the start token
-        elif system.name == "llm2slm":
-            before = 0
-        assert ids.shape == (2, before + 5)
-        assert len(clock.times) in (5, 6)  # the prompt may be put first
 
 
 def test_checkpoint_that_holds_its_llm_is_measured_without_the_llm_alone(checkpoints, tmp_path, capsys):

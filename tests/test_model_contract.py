@@ -8,6 +8,8 @@ import torch
 from conftest import (
     FUSIONS,
     LLM_KINDS,
+    LLM_VOCAB,
+    SLM_HIDDEN,
     SLM_KINDS,
     build_labels,
     build_llm,
@@ -15,10 +17,13 @@ from conftest import (
     build_prompts,
     build_slm,
     build_slm_tokenizer,
+    jitter,
     padded,
     response_tokens,
 )
-from transformers import AutoModelForMaskedLM, TextIteratorStreamer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, TextIteratorStreamer
 
 from llm2slm import LLM2SLMForConditionalGeneration
 
@@ -277,3 +282,81 @@ def test_the_loss_is_the_mean_over_labels_or_their_sum_by_the_trainers_count(slm
         for rows in (slice(0, 1), slice(1, 3))
     ]
     torch.testing.assert_close(sum(parts), whole.loss)
+
+
+# -------------------------------------------------------------------------------------------------- trimmed vocabulary
+TRIMMED_VOCAB = 40
+TOKEN_MAP = [token - 10 if 10 <= token < 50 else -1 for token in range(LLM_VOCAB)]  # the SLM lacks 20 of the 60
+
+
+def build_trimmed_model(slm="llama", llm=None, **config):
+    """The SLM's tokenizer is the LLM's without its first and its last ten tokens."""
+    torch.manual_seed(1)
+    slm_config = SLM_KINDS[slm](SLM_HIDDEN, TRIMMED_VOCAB)
+    auto_class = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        build_llm() if llm is None else llm,
+        jitter(auto_class.from_config(slm_config)).eval(),
+        **{"fusion": "add", "shared_tokenizer": True, "prompt_token_map": TOKEN_MAP, **config},
+    )
+
+
+@pytest.mark.parametrize("slm", SLM_KINDS)
+@torch.no_grad()
+def test_a_trimmed_slm_reads_the_prompt_with_its_own_ids_and_lacking_tokens_as_zero(slm):
+    model = build_trimmed_model(slm)
+    model.projector.out.weight.zero_()
+    model.projector.out.bias.zero_()
+    embeds = model.encode_prompt(torch.tensor([[10, 49, 9, 50]])).prompt_embeds[0]
+    weight = model.get_input_embeddings()(torch.tensor([0, 39]))
+    scale = SLM_HIDDEN**0.5 if slm == "marian" else 1.0
+    torch.testing.assert_close(embeds[:2], weight * scale)
+    assert embeds[2:].eq(0).all()
+    labels = LABELS.clamp(max=TRIMMED_VOCAB - 1)
+    assert model(**padded(PROMPTS), labels=labels).loss.isfinite()
+    assert greedy(model, padded(PROMPTS)).max() < TRIMMED_VOCAB
+
+
+@pytest.mark.parametrize("fusion", ["add", "replace"])
+@torch.no_grad()
+def test_a_trimmed_model_loads_bit_equal_and_reads_without_its_llm(llm_folder, tmp_path, fusion):
+    model = build_trimmed_model(llm=llm_folder, fusion=fusion)
+    assert model.prompt_token_map.tolist() == TOKEN_MAP and model.prompt_token_map.dtype == torch.int32
+    model.save_pretrained(tmp_path / "checkpoint")
+    prompt, labels = padded(PROMPTS), LABELS.clamp(max=TRIMMED_VOCAB - 1)
+    expected = model(**prompt, labels=labels).logits
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+    assert loaded.prompt_token_map.equal(model.prompt_token_map)
+    assert loaded(**prompt, labels=labels).logits.equal(expected)
+    half = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    assert half.prompt_token_map.equal(model.prompt_token_map)
+    placed = LLM2SLMForConditionalGeneration.from_pretrained(
+        tmp_path / "checkpoint", device_map={"llm": "cpu", "projector": "cpu", "slm": "cpu"}
+    )
+    assert placed(**prompt, labels=labels).logits.equal(expected)
+    without = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", load_llm=False)
+    states = model.encode_hidden_states(**prompt)
+    assert without.llm is None
+    assert without(**prompt, prompt_hidden_states=states, labels=labels).logits.equal(expected)
+
+
+def test_a_trimmed_checkpoint_without_its_token_map_is_refused(llm_folder, tmp_path):
+    build_trimmed_model(llm=llm_folder).save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    weights = load_file(path)
+    del weights["prompt_token_map"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="are not this model's: they lack prompt_token_map"):
+        LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_trimmed_model_loads_onto_it(tmp_path):
+    config = LoraConfig(target_modules=r"slm\..*\.q_proj", modules_to_save=["projector"], init_lora_weights=False)
+    adapted = get_peft_model(build_trimmed_model(), config)
+    adapted.save_pretrained(tmp_path)
+    labels = LABELS.clamp(max=TRIMMED_VOCAB - 1)
+    loaded = PeftModel.from_pretrained(build_trimmed_model(), tmp_path)
+    expected = adapted(**padded(PROMPTS), labels=labels).logits
+    assert loaded(**padded(PROMPTS), labels=labels).logits.equal(expected)
+    assert not build_trimmed_model()(**padded(PROMPTS), labels=labels).logits.equal(expected)

@@ -1,31 +1,23 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model writes the response."""
 
-import transformers.pipelines
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
-
-from .configuration_llm2slm import LLM2SLMConfig
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptEncoding
-from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline
-from .tokenization_llm2slm import LLM2SLMTokenizer
+import sys
+from pathlib import PurePath
 
 __all__ = [
     "LLM2SLMConfig",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMText2TextGenerationPipeline",
     "LLM2SLMTokenizer",
+    "LosslessOutput",
     "PromptEncoding",
 ]
 
-AutoConfig.register(LLM2SLMConfig.model_type, LLM2SLMConfig)
-AutoModel.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
-AutoModelForSeq2SeqLM.register(LLM2SLMConfig, LLM2SLMForConditionalGeneration)
-AutoTokenizer.register(LLM2SLMConfig, fast_tokenizer_class=LLM2SLMTokenizer)
-
-# Transformers 5 removed the task; Transformers 4 has its own pipeline for it, which is left in place.
-if transformers.pipelines.__dict__.get("REMOVED_TASKS", {}).pop("text2text-generation", None) is not None:
-    transformers.pipelines.PIPELINE_REGISTRY.register_pipeline(
-        "text2text-generation",
-        pipeline_class=LLM2SLMText2TextGenerationPipeline,
-        pt_model=AutoModelForSeq2SeqLM,
-        type="text",
-    )
+# The command imports its package before it reads its options; to print help it need not wait for Transformers.
+_PRINTS_HELP = {"-h", "--help", "--version"}
+if PurePath(sys.argv[0]).stem != "llm2slm" or _PRINTS_HELP.isdisjoint(sys.argv):
+    from . import auto  # noqa: F401
+    from .configuration_llm2slm import LLM2SLMConfig
+    from .drafting_llm2slm import LosslessOutput
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration, PromptEncoding
+    from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline
+    from .tokenization_llm2slm import LLM2SLMTokenizer

@@ -63,6 +63,9 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         return_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "projector" in device_map:  # Transformers 4 wants a place for a buffer too
+            kwargs["device_map"] = {"prompt_token_map": device_map["projector"], **device_map}
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

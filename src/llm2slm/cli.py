@@ -15,18 +15,24 @@ llm2slm generate --config recipe.yaml --max-new-tokens 64
 
 import argparse
 import contextlib
+import difflib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 # A new command is a module of this name and a line here. Only the one that is called is imported.
 COMMANDS = {
+    "train": "train LLM-to-SLM, the SLM alone or the LLM on prompt/completion pairs",
     "generate": "write responses to prompts",
-    "benchmark": "measure latency beside the SLM alone and the LLM",
+    "evaluate": "score a model's responses, or compare such reports",
+    "label": "let an LLM write the responses of a data set",
+    "estimate": "predict what a pair of models would gain on this machine, without weights",
+    "benchmark": "measure latency beside the SLM alone, the LLM and what else one might use",
 }
 
 
@@ -52,15 +58,19 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from, in full")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = next((argument for argument in argv if not argument.startswith("-")), None)
+    recipe_for: argparse.ArgumentParser | None = None
     for name, summary in COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == command:
             subparser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these options")
             module = importlib.import_module(f"llm2slm.{name}")
             module.make_parser(subparser)
+            recipe_for = subparser
     error: Exception
     try:
-        args = parser.parse_args(_with_recipe(argv, command))
+        if command is not None and recipe_for is not None:
+            argv = _with_recipe(argv, command, recipe_for)
+        args = parser.parse_args(argv)
         return module.run(args)
     except KeyboardInterrupt:
         return 130
@@ -85,32 +95,43 @@ def _versions() -> str:
     return f"llm2slm {versions.pop('llm-to-slm')}, " + ", ".join(f"{name} {v}" for name, v in versions.items())
 
 
-def _with_recipe(argv: list[str], command: str | None) -> list[str]:
+def _with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser) -> list[str]:
     """Puts a recipe's options between the command and its own: the last of two equal options wins."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
-    if path is None or command is None:
+    if path is None:
         return argv
     import yaml  # Transformers needs it, so it is there
 
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options, one `name: value` a line.")
+    known = {option: action for action in parser._actions for option in action.option_strings}
     options = []
     for name, value in recipe.items():
         option = "--" + str(name).replace("_", "-")
-        if isinstance(value, list):
-            options += [option, *map(str, value)]
-        elif isinstance(value, bool):
-            options += [option if value else option.replace("--", "--no-", 1)]
-        elif value is not None:
-            options += [f"{option}={value}"]
+        if option not in known or option in ("--config", "--help"):
+            nearest = difflib.get_close_matches(option, known, 1, cutoff=0)[0].strip("-").replace("-", "_")
+            raise ValueError(f"{path}: {command} has no option {str(name)!r}; the nearest is {nearest!r}.")
+        options += _as_options(option, value, known)
     place = argv.index(command) + 1
     return argv[:place] + options + argv[place:]
+
+
+def _as_options(option: str, value: Any, known: dict[str, argparse.Action]) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool) and known[option].nargs == 0:
+        return [option] if value else [no for no in [option.replace("--", "--no-", 1)] if no in known]
+    if isinstance(value, bool):
+        return [f"{option}={'yes' if value else 'no'}"]  # `no` without quotes is a boolean in YAML
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [f"{option}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 # --------------------------------------------------------------------------------------- what several commands share

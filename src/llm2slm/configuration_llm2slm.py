@@ -39,8 +39,9 @@ class LLM2SLMConfig(PretrainedConfig):
             `"replace"`: the SLM's prompt embeddings are the projected LLM states. `"add"`: they are the prompt's
             own embeddings plus the projected LLM states (paper, section 3.2).
         shared_tokenizer (`bool`, *optional*, defaults to `False`):
-            Whether LLM and SLM share one vocabulary. It decides what `"add"` adds to: the SLM's own embeddings of the
-            prompt if they do, otherwise the LLM's input embeddings through a learned linear layer.
+            Whether the SLM's tokenizer is the LLM's. It decides what `"add"` adds to: the SLM's own embeddings of the
+            prompt if it is, otherwise the LLM's input embeddings through a learned linear layer. An SLM vocabulary
+            smaller than the LLM's is the LLM's, trimmed: the model then has a `prompt_token_map`.
         projector_type (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"` (linear, activation, linear, as in the paper) or `"linear"`.
         projector_hidden_size (`int`, *optional*, defaults to the SLM's hidden size):
@@ -66,8 +67,8 @@ class LLM2SLMConfig(PretrainedConfig):
             Whether the checkpoint contains the LLM's weights.
 
     Raises:
-        ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, for an `llm_layer` the LLM does not
-            have, and for `shared_tokenizer=True` with an SLM vocabulary smaller than the LLM's.
+        ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, and for an `llm_layer` the LLM does
+            not have.
     """
 
     model_type = "llm2slm"
@@ -148,13 +149,6 @@ class LLM2SLMConfig(PretrainedConfig):
                 )
         if not layers:
             raise ValueError("`llm_layer` must name at least one layer, got an empty list.")
-        llm_vocab, slm_vocab = self.llm_text_config.vocab_size, self.vocab_size
-        if self.shared_tokenizer and slm_vocab < llm_vocab:
-            raise ValueError(
-                f"`shared_tokenizer=True` needs an SLM that has an embedding for each of the LLM's {llm_vocab} ids, "
-                f"but its vocabulary has {slm_vocab}. With different tokenizers leave it False: `fusion='add'` then "
-                "adds to a learned projection of the LLM's input embeddings."
-            )
 
     @classmethod
     def from_sub_configs(cls, llm_config: PretrainedConfig, slm_config: PretrainedConfig, **kwargs) -> "LLM2SLMConfig":
@@ -181,6 +175,11 @@ class LLM2SLMConfig(PretrainedConfig):
     def adds_llm_embeddings(self) -> bool:
         """Whether the projected states are added to a projection of the LLM's input embeddings."""
         return self.fusion == "add" and not self.shared_tokenizer
+
+    @property
+    def maps_prompt_tokens(self) -> bool:
+        """Whether the SLM's tokenizer is the LLM's, trimmed: the model then maps prompt ids to the SLM's."""
+        return self.shared_tokenizer and self.vocab_size < self.llm_text_config.vocab_size
 
     @property
     def prompt_layers(self) -> list[int]:

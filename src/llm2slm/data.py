@@ -1,71 +1,219 @@
-"""From prompt/completion pairs to batches: tokenization and the collator."""
+"""From pairs of prompt and completion to batches: tokenization, with limits, and the collator of the trainers."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from .modeling_llm2slm import response_mask
+from .tokenization_llm2slm import LLM2SLMTokenizer
+
+logger = logging.getLogger(__name__)
 
 
-def tokenize_pairs(dataset, tokenizer, prompt_max_length: int, response_max_length: int):
+# -------------------------------------------------------------------------------------------------------- tokenization
+def tokenize_pairs(
+    dataset, tokenizer: LLM2SLMTokenizer, prompt_max_length: int, response_max_length: int, truncate: bool = False
+):
     r"""
     Adds the columns `input_ids` (the prompt, LLM's tokenizer) and `labels` (the response, SLM's tokenizer, with its
-    end-of-sequence token) to a data set with the columns `prompt` and `completion`, and drops the rows with an empty
-    side or over a limit.
+    end-of-sequence token) to a data set. Pairs over a limit are dropped, and one warning says how many.
 
     Args:
-        dataset (`datasets.Dataset`): The pairs, as strings.
+        dataset (`datasets.Dataset`):
+            With the columns `prompt` and `completion`: strings, or lists of messages as in TRL. A prompt of messages
+            goes through the LLM's chat template; a completion of messages is one message, whose content is the
+            response.
         tokenizer ([`LLM2SLMTokenizer`]): Both tokenizers.
         prompt_max_length (`int`): The longest prompt kept, in tokens of the LLM.
-        response_max_length (`int`): The longest response kept, in tokens of the SLM.
+        response_max_length (`int`): The longest response kept, in tokens of the SLM, the end token among them.
+        truncate (`bool`, *optional*, defaults to `False`):
+            Whether pairs over a limit are cut rather than dropped: prompts on the `truncation_side` of
+            `tokenizer.llm_tokenizer`, responses at their end, so that a cut one has no end token.
+
+    Returns:
+        `datasets.Dataset` with all columns of `dataset` and the two new ones.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, a prompt or completion is empty or neither text nor messages (the message
+            names the row), or no pair is within the limits.
     """
     if missing := {"prompt", "completion"} - set(dataset.column_names):
         raise ValueError(f"The data set lacks the column(s) {sorted(missing)}; it has {dataset.column_names}.")
+    limits = {"input_ids": prompt_max_length, "labels": response_max_length}
+    for name, limit in zip(("prompt_max_length", "response_max_length"), limits.values(), strict=True):
+        if limit < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {limit}.")
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        encoding = tokenizer(batch["prompt"], text_target=batch["completion"])
-        return {"input_ids": encoding["input_ids"], "labels": encoding["labels"]}
+    def tokenize(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        return _encode(batch["prompt"], batch["completion"], tokenizer, rows)
 
-    def fits(row: dict[str, list]) -> bool:
-        return 1 <= len(row["input_ids"]) <= prompt_max_length and 2 <= len(row["labels"]) <= response_max_length
+    def cut(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
+        columns = _encode(batch["prompt"], batch["completion"], tokenizer, rows, prompt_max_length)
+        return {**columns, "labels": [ids[:response_max_length] for ids in columns["labels"]]}
 
-    return dataset.map(tokenize, batched=True, desc="Tokenizing").filter(fits, desc="Dropping long pairs")
+    tokenized = dataset.map(tokenize, batched=True, with_indices=True, desc="Tokenizing")
+    too_long = {column: _lengths(tokenized, column) for column in limits}
+    too_long = {column: lengths * (lengths > limits[column]) for column, lengths in too_long.items()}
+    over = (too_long["input_ids"] > 0) | (too_long["labels"] > 0)
+    if not over.any():
+        return tokenized
+    found = [
+        f"{(lengths > 0).sum()} {name} over {limits[column]} tokens (the longest has {lengths.max()})"
+        for (column, lengths), name in zip(too_long.items(), ("prompts", "responses"), strict=True)
+        if lengths.any()
+    ]
+    counts = f"{over.sum()} of {len(over)} pairs are over the limits"
+    if over.all() and not truncate:
+        raise ValueError(f"{counts}: {', '.join(found)}. Raise the limits, or cut the pairs with `truncate=True`.")
+    logger.warning("%s and were %s: %s.", counts, "cut" if truncate else "dropped", ", ".join(found))
+    if truncate:
+        return dataset.map(cut, batched=True, with_indices=True, desc="Cutting long pairs")
+    return tokenized.select(np.flatnonzero(~over))
 
 
+def _lengths(dataset, column: str) -> np.ndarray:
+    if len(dataset) == 0:
+        return np.zeros(0, dtype=np.int64)
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return pyarrow.compute.list_value_length(table[column]).to_numpy()
+
+
+def _encode(prompts, completions, tokenizer, rows, prompt_max_length: int | None = None) -> dict[str, list]:
+    is_chat = not isinstance(prompts[0], str)
+    texts = [_prompt_text(prompt, row, tokenizer, is_chat) for prompt, row in zip(prompts, rows, strict=True)]
+    responses = [_response_text(completion, row) for completion, row in zip(completions, rows, strict=True)]
+    input_ids = tokenizer(
+        texts,
+        add_special_tokens=not is_chat,  # a chat template brings them
+        truncation=prompt_max_length is not None,
+        max_length=prompt_max_length,
+        verbose=False,
+    )["input_ids"]
+    for ids, text, row in zip(input_ids, texts, rows, strict=True):
+        if not ids:
+            raise ValueError(f"Row {row}: the LLM's tokenizer makes no token of the `prompt` {text!r}.")
+    return {"input_ids": input_ids, "labels": tokenizer(text_target=responses, verbose=False)["input_ids"]}
+
+
+def _prompt_text(prompt, row: int, tokenizer: LLM2SLMTokenizer, is_chat: bool) -> str:
+    messages = None
+    if is_chat or not isinstance(prompt, str):
+        _check_messages("prompt", prompt, row)
+        messages, prompt = prompt, "".join(message["content"] for message in prompt)
+    if not prompt.strip():
+        raise ValueError(f"Row {row}: the `prompt` is empty.")
+    if messages is None:
+        return prompt
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _response_text(completion, row: int) -> str:
+    if not isinstance(completion, str):
+        _check_messages("completion", completion, row)
+        if len(completion) > 1:
+            raise ValueError(f"Row {row}: the `completion` must be one message, got {len(completion)}.")
+        completion = completion[0]["content"] if completion else ""
+    if not completion.strip():
+        raise ValueError(f"Row {row}: the `completion` is empty.")
+    return completion
+
+
+def _check_messages(name: str, messages, row: int):
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"Row {row}: the `{name}` must be text or a list of messages, got {messages!r}.")
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"Row {row}: a message of the `{name}` lacks a `role` or text as `content`: {message}.")
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
 @dataclass
 class DataCollatorForLLM2SLM:
     r"""
-    Pads a list of examples to a batch for [`LLM2SLMForConditionalGeneration`].
+    Makes a batch for [`LLM2SLMForConditionalGeneration`] of a list of examples, for `Seq2SeqTrainer` and for TRL's
+    `SFTTrainer`.
 
-    Each example has `input_ids` (prompt, LLM's tokenizer) and `labels` (response, SLM's tokenizer), and may have
+    Each example has `input_ids` (prompt, LLM's tokenizer) and `labels` (response, SLM's tokenizer), from
+    [`tokenize_pairs`], or else `prompt` and `completion`, which are tokenized here, without a limit. It may have
     `prompt_hidden_states` of shape `(prompt_length, prompt_hidden_size)` from
-    [`~llm2slm.features.cache_prompt_features`]; other columns are left out.
+    [`~llm2slm.features.cache_prompt_features`]. Other columns are left out.
+
+    `Seq2SeqTrainer` needs `remove_unused_columns=False` to hand on `prompt` and `completion`. `SFTTrainer` needs it
+    for `prompt_hidden_states` too, and tokenizes data sets without `input_ids` itself, as one sequence of one
+    tokenizer, unless told not to:
+
+    ```python
+    SFTTrainer(
+        model,
+        args=SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLLM2SLM(tokenizer, model=model),
+    )
+    ```
 
     Args:
         tokenizer ([`LLM2SLMTokenizer`]): Pads the prompts on its LLM tokenizer's side.
-        label_pad_token_id (`int`, *optional*, defaults to -100): What the labels are padded with.
+        model ([`LLM2SLMForConditionalGeneration`], *optional*):
+            The model to train. `SFTTrainer` needs it: the batch then has `decoder_input_ids`,
+            `decoder_attention_mask` and `shift_labels` too.
+
+    Raises:
+        ValueError: for an empty side, for examples that `SFTTrainer` tokenized, and for states of another length than
+            the prompt.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    label_pad_token_id: int = -100
+    tokenizer: LLM2SLMTokenizer
+    model: PreTrainedModel | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The examples as one batch of tensors."""
-        collate = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=self.label_pad_token_id)
-        rows = [{name: row[name] for name in ("input_ids", "labels") if name in row} for row in examples]
-        batch = dict(collate(rows, return_tensors="pt"))
-        if "prompt_hidden_states" in examples[0]:
-            batch["prompt_hidden_states"] = self._pad_states(
-                [row["prompt_hidden_states"] for row in examples], batch["attention_mask"]
-            )
+        columns = {name: [row[name] for row in examples] for name in examples[0]}
+        if "input_ids" not in columns:
+            columns |= _encode(columns["prompt"], columns["completion"], self.tokenizer, range(len(examples)))
+        pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer)
+        batch = dict(pad([{"input_ids": ids} for ids in columns["input_ids"]]))
+        if "labels" in columns:
+            batch |= self._response(columns["labels"])
+        if "prompt_hidden_states" in columns:
+            states = [torch.as_tensor(row) for row in columns["prompt_hidden_states"]]
+            batch["prompt_hidden_states"] = _pad_states(states, batch["attention_mask"])
         return batch
 
-    def _pad_states(self, rows: list, attention_mask: torch.Tensor) -> torch.Tensor:
-        first = torch.from_numpy(np.ascontiguousarray(rows[0]))
-        padded = first.new_zeros(*attention_mask.shape, first.shape[-1])  # (batch, prompt_length, prompt_hidden_size)
-        padded[attention_mask.bool()] = torch.from_numpy(np.concatenate([np.asarray(row) for row in rows]))
-        return padded
+    def _response(self, labels: list) -> dict[str, torch.Tensor]:
+        if empty := [row for row, ids in enumerate(labels) if len(ids) == 0]:
+            raise ValueError(f"Example {empty[0]} of the batch has no `labels`: its response is empty.")
+        rows = [torch.as_tensor(ids) for ids in labels]
+        if any(row[0] == -100 for row in rows):
+            raise ValueError(
+                "`labels` that begin with -100 are SFTTrainer's own: it tokenized prompt and completion as one "
+                "sequence of one tokenizer. Tokenize the data set with `tokenize_pairs` first, or leave it to this "
+                "collator: `SFTConfig(remove_unused_columns=False, dataset_kwargs={'skip_prepare_dataset': True})`."
+            )
+        padded = pad_sequence(rows, batch_first=True, padding_value=-100)  # (batch_size, response_length)
+        if self.model is None:
+            return {"labels": padded}
+        return {
+            "labels": padded,
+            "shift_labels": padded,
+            "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(padded),
+            "decoder_attention_mask": response_mask(padded),
+        }
+
+
+def _pad_states(rows: list[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
+    lengths, found = attention_mask.sum(dim=1).tolist(), [len(row) for row in rows]
+    if lengths != found:
+        raise ValueError(
+            f"`prompt_hidden_states` of {found} positions do not belong to prompts of {lengths} tokens: cache the "
+            "features of the prompts as they are now."
+        )
+    padded = rows[0].new_zeros(*attention_mask.shape, rows[0].shape[-1])  # (batch, prompt_length, prompt_hidden_size)
+    padded[attention_mask.bool()] = torch.cat(rows)
+    return padded

@@ -1,110 +1,271 @@
-"""The LLM runs once per prompt, ever: its hidden states, cached on disk next to a tokenized data set.
+"""The LLM runs once per prompt, ever: its hidden states, kept on disk next to a tokenized data set.
 
-The cache is a folder of shards, each a memory-mapped `datasets` folder written aside and then renamed: whatever is
-there is complete, and an interrupted run goes on with the next shard. The folder's name is a hash of all that the
-states depend on: the LLM's weights, its layers, the dtype and the prompts' ids.
+A cache is a folder, named by a hash of all that the states depend on besides the prompt: the LLM's weights, revision
+and layers, and the number formats. In it are shards, safetensors files written aside and then renamed: whatever is
+there is complete, and an interrupted run goes on with the prompts that no shard has.
+
+Choices made here:
+- Prompts are looked up one by one, so another data set, or a part of one, finds the prompts it shares with an earlier.
+- The data set's new column holds where in the cache a prompt's states are, and reads them when a row is read (as the
+  images of a data set are). An Arrow column of the states themselves would be copied, all of it, whenever `datasets`
+  joins or reorders rows.
 """
 
 import hashlib
 import json
+import os
 import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
 import torch
-from datasets import Array2D, Dataset, Features, concatenate_datasets, load_from_disk
+from datasets import Dataset
+from datasets.features.features import register_feature
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-ROWS_PER_SHARD = 512
-# Tokens, padding included, of one forward of the LLM: SmolLM2-135M gains nothing from more on two cores.
-TOKENS_PER_BATCH = 1024
+from .loading_llm2slm import fingerprint
+
+COLUMN = "prompt_hidden_states"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# What a kill loses at most is the work on one shard: half a minute to a minute of SmolLM2-135M on two cores.
+SHARD_BYTES = 32 * 2**20
+# Shards mapped into memory at a time, least recently used out first: no data set takes more than this of them.
+MAPPED_SHARDS = 32
+# Tokens, padding included, of one forward of the LLM. On a CPU more is slower: what lies between an MLP's layers is
+# then too large for the allocator to keep (SmolLM2-135M, one core: 1,024 tokens a batch are 8% slower than 512).
+TOKENS_PER_BATCH = {"cpu": 512, "other": 16384}
 
 
-def cache_prompt_features(dataset: Dataset, model, cache_dir: str | Path) -> Dataset:
+def cache_prompt_features(
+    dataset: Dataset,
+    model,
+    cache_dir: str | os.PathLike,
+    dtype: str = "float16",
+    llm_kwargs: dict[str, Any] | None = None,
+) -> Dataset:
     r"""
-    Adds the column `prompt_hidden_states`, an array of shape `(prompt_length, prompt_hidden_size)` in float16 for each
-    row: what the frozen LLM makes of the prompt. Training on it neither runs nor loads the LLM.
+    Adds the column `prompt_hidden_states`: what the frozen LLM makes of each row's prompt, a `torch.Tensor` of shape
+    `(prompt_length, prompt_hidden_size)`. Training on it neither runs nor loads the LLM.
 
     Args:
         dataset (`datasets.Dataset`): With the column `input_ids`: prompts, tokenized by the LLM's tokenizer.
-        model ([`LLM2SLMForConditionalGeneration`]): With its LLM loaded.
-        cache_dir (`str` or `Path`):
-            Folder of all caches. The same LLM, layers and prompts find their cache again; anything else makes its own.
+        model ([`LLM2SLMForConditionalGeneration`]):
+            The LLM is run for the prompts that the cache lacks, and is loaded first if the model is a slim one without
+            it; a complete cache needs no LLM.
+        cache_dir (`str` or `os.PathLike`):
+            Folder of all caches. The same LLM, revision, layers and number formats find their cache again, and in it
+            the same prompts; anything else is run anew.
+        dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, or `"bfloat16"` for states beyond its range.
+        llm_kwargs (`dict`, *optional*): Arguments of `model.load_llm`, if the LLM is needed and not loaded.
 
     Returns:
-        `datasets.Dataset`: the rows of `dataset` in their order, memory-mapped.
+        `datasets.Dataset`: the same rows, with states that are read from the memory-mapped cache row by row.
 
     Raises:
-        ValueError: if a state is too large for float16, the data set has no `input_ids` or a prompt is empty.
-        OSError: before anything is run, if the disk cannot hold the cache.
+        ValueError: if the data set has no `input_ids` or already has states of another LLM, if a prompt is empty or
+            too long, or if a state is not finite in `dtype`.
+        OSError: if the disk cannot hold the cache (before anything is run), or there is no LLM.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"The data set has no column `input_ids`, only {dataset.column_names}: tokenize it first.")
-    prompts: list[list[int]] = [list(ids) for ids in dataset["input_ids"]]
-    lengths = np.array([len(ids) for ids in prompts])
-    if (lengths == 0).any():
-        raise ValueError(f"The prompt of row {int((lengths == 0).argmax())} is empty.")
-    folder = Path(cache_dir) / _cache_name(model.config, prompts)
-    order = np.argsort(lengths, kind="stable")  # rows of like length share a batch, so little is padding
-    shards = [order[start : start + ROWS_PER_SHARD] for start in range(0, len(order), ROWS_PER_SHARD)]
-    missing = [index for index in range(len(shards)) if not _shard(folder, index).exists()]
-    _check_disk(folder, model.config.prompt_hidden_size * 2 * sum(int(lengths[shards[i]].sum()) for i in missing))
-    with tqdm(total=int(lengths.sum()), unit="tok", desc="Caching prompt features", disable=not missing) as progress:
-        progress.update(int(sum(lengths[rows].sum() for i, rows in enumerate(shards) if i not in set(missing))))
-        for index in missing:
-            _write_shard(_shard(folder, index), [prompts[row] for row in shards[index]], model, progress)
-    states = concatenate_datasets([load_from_disk(str(_shard(folder, index))) for index in range(len(shards))])
-    states = states.select(np.argsort(order, kind="stable"))
-    joined = concatenate_datasets([dataset, states], axis=1)
-    return joined.with_format("numpy", columns=["prompt_hidden_states"], output_all_columns=True)
-
-
-def _cache_name(config, prompts) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps([config.llm_fingerprint, config.llm_text_config.to_dict()], default=str).encode())
-    digest.update(json.dumps(config.prompt_layers).encode())
-    for ids in prompts:
-        digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
-    return digest.hexdigest()[:16]
-
-
-def _shard(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index:05d}"
-
-
-def _check_disk(folder: Path, needed_bytes: int):
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes > free:
-        raise OSError(
-            f"The prompt features need {needed_bytes / 2**30:.2f} GiB, but {existing} has {free / 2**30:.2f} GiB free."
+    folder = Path(cache_dir).absolute() / _cache_name(model, dtype, llm_kwargs or {})
+    if COLUMN in dataset.column_names:
+        if dataset.features[COLUMN] == PromptHiddenStates(str(folder)):
+            return dataset
+        raise ValueError(
+            f"The data set already has `{COLUMN}` that are not those of {folder}: another LLM, revision, layer or "
+            f"number format wrote them. Remove the column to cache this LLM's."
         )
+    prompts = _prompts(dataset)
+    places = _find_places(folder)
+    if any(key not in places for key, _ in prompts):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of the processes of one training, the first to come writes, the others wait and read.
+        with FileLock(folder / "lock"):
+            _write_missing(dataset, prompts, _find_places(folder), model, folder, DTYPES[dtype], llm_kwargs or {})
+        places = _find_places(folder)
+    return dataset.add_column(COLUMN, [places[key] for key, _ in prompts], feature=PromptHiddenStates(str(folder)))
 
 
-def _write_shard(path: Path, prompts: list[list[int]], model, progress):
-    rows: list[np.ndarray] = []
-    while len(rows) < len(prompts):  # sorted by length: the last of a batch is the longest
-        size = 1
-        while len(rows) + size < len(prompts) and (size + 1) * len(prompts[len(rows) + size]) <= TOKENS_PER_BATCH:
-            size += 1
-        rows += _states(prompts[len(rows) : len(rows) + size], model)
-        progress.update(sum(map(len, prompts[len(rows) - size : len(rows)])))
-    width = model.config.prompt_hidden_size
-    features = Features({"prompt_hidden_states": Array2D(shape=(None, width), dtype="float16")})
-    aside = path.with_suffix(".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    Dataset.from_dict({"prompt_hidden_states": rows}, features=features).save_to_disk(str(aside), num_shards=1)
-    aside.rename(path)
+@dataclass
+class PromptHiddenStates:
+    """
+    A column's type for `datasets`: each row says where in a cache the prompt's states are, and gives them when read.
+
+    Args:
+        folder (`str`): The cache.
+    """
+
+    folder: str
+    dtype: ClassVar[str] = "torch.Tensor"
+    pa_type: ClassVar[Any] = pyarrow.string()
+    _type: str = field(default="PromptHiddenStates", init=False, repr=False)
+
+    def __call__(self):
+        """How `datasets` asks for the type of what is stored."""
+        return self.pa_type
+
+    def encode_example(self, value: str) -> str:
+        """What is stored for a row: the place of its states, as `shard:start:length`."""
+        if not isinstance(value, str):
+            raise ValueError(
+                f"`{COLUMN}` cannot be written by `map`: let the function return only the columns it changes."
+            )
+        return value
+
+    def decode_example(self, value: str, token_per_repo_id=None) -> torch.Tensor:
+        """The states at a place, of shape `(prompt_length, prompt_hidden_size)`."""
+        shard, start, length = value.split(":")
+        return _map_shard(os.path.join(self.folder, shard))[int(start) : int(start) + int(length)]
 
 
-def _states(prompts: list[list[int]], model) -> list[np.ndarray]:
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+with warnings.catch_warnings():  # it says that it is experimental
+    warnings.simplefilter("ignore")
+    register_feature(PromptHiddenStates, "PromptHiddenStates")
+
+
+@lru_cache(maxsize=MAPPED_SHARDS)
+def _map_shard(path: str) -> torch.Tensor:
+    """The states of a shard, of shape `(tokens, prompt_hidden_size)`; the disk is read where a row is touched."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return shard.get_tensor("states")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The cached prompt features {path} are gone: run `cache_prompt_features` again."
+        ) from error
+
+
+def _cache_name(model, dtype: str, llm_kwargs: dict) -> str:
+    config, llm = model.config, model.llm
+    # What an LLM that is not loaded would be loaded as.
+    llm_dtype = llm.dtype if llm is not None else llm_kwargs.get("dtype", model.dtype)
+    if isinstance(llm_dtype, str) and llm_dtype != "auto":
+        llm_dtype = getattr(torch, llm_dtype)
+    quantization = (
+        llm_kwargs.get("quantization_config") if llm is None else llm.config.to_dict().get("quantization_config")
+    )
+    architecture = config.llm_text_config.to_dict()
+    for where_and_how in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        architecture.pop(where_and_how, None)
+    identity = [
+        config.llm_fingerprint or (llm is not None and fingerprint(llm)),
+        architecture,
+        config.llm_revision,
+        config.prompt_layers,
+        dtype,
+        str(llm_dtype),
+        str(quantization),
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _prompts(dataset: Dataset) -> list[tuple[bytes, int]]:
+    """Each row's key, a hash of its ids, and length."""
+    prompts: list[tuple[bytes, int]] = []
+    for batch in dataset.with_format("numpy", columns=["input_ids"]).iter(batch_size=1000):
+        for ids in batch["input_ids"]:
+            if len(ids) == 0:
+                raise ValueError(f"The prompt of row {len(prompts)} is empty.")
+            prompts.append((hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest()[:16], len(ids)))
+    return prompts
+
+
+def _find_places(folder: Path) -> dict[bytes, str]:
+    """Where the states of each prompt are, as `shard:start:length`."""
+    places = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as shard:
+            keys, lengths = shard.get_tensor("keys"), shard.get_tensor("lengths")
+        starts = np.cumsum(lengths) - lengths
+        for key, start, length in zip(keys, starts.tolist(), lengths.tolist(), strict=True):
+            places[key.tobytes()] = f"{path.name}:{start}:{length}"
+    return places
+
+
+def _write_missing(dataset, prompts, places, model, folder: Path, dtype: torch.dtype, llm_kwargs: dict):
+    """Runs the LLM once for each prompt that has no place yet, the longest first: they need most memory."""
+    distinct = {key: (length, row) for row, (key, length) in enumerate(prompts)}
+    missing = sorted(((*distinct[key], key) for key in distinct if key not in places), reverse=True)
+    if not missing:
+        return
+    tokens, all_tokens = sum(length for length, *_ in missing), sum(length for length, _ in distinct.values())
+    token_bytes = model.config.prompt_hidden_size * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    size = f"{tokens * token_bytes / 2**30:.2f} GiB"
+    if tokens * token_bytes > free:
+        raise OSError(f"The prompt features need {size}, but {folder} has {free / 2**30:.2f} GiB free.")
+    tqdm.write(f"Caching prompt features: {len(missing):,} prompts, {size} in {folder}", file=sys.stderr)
+    if model.llm is None:
+        model.load_llm(**llm_kwargs)
+    for part in folder.glob("*.part"):  # of a run that was killed
+        part.unlink()
+    with tqdm(total=all_tokens, initial=all_tokens - tokens, unit="tok", unit_scale=True) as progress:
+        for shard in _in_groups(missing, max(1, SHARD_BYTES // token_bytes)):
+            _write_shard(folder, dataset, shard, model, dtype, progress)
+
+
+def _in_groups(prompts: list[tuple], max_tokens: int) -> Iterator[list[tuple]]:
+    """Consecutive prompts, the longest first, as many as have `max_tokens` padded to the longest; at least one."""
+    start = 0
+    for end in range(1, len(prompts) + 1):
+        if end == len(prompts) or (end + 1 - start) * prompts[start][0] > max_tokens:
+            yield prompts[start:end]
+            start = end
+
+
+def _write_shard(folder: Path, dataset, prompts: list[tuple[int, int, bytes]], model, dtype, progress):
+    keys = b"".join(key for *_, key in prompts)
+    lengths = torch.tensor([length for length, *_ in prompts])
+    states = torch.empty(int(lengths.sum()), model.config.prompt_hidden_size, dtype=dtype)
+    tokens_per_batch = TOKENS_PER_BATCH.get(model.llm.device.type, TOKENS_PER_BATCH["other"])
+    ids = dataset.select_columns(["input_ids"]).with_format(None)
+    start = 0
+    for batch in _in_groups(prompts, tokens_per_batch):
+        batch_states = _run_llm(model, ids[[row for _, row, _ in batch]]["input_ids"]).to(dtype).cpu()
+        if not torch.isfinite(batch_states).all():
+            raise ValueError(
+                f"The LLM's states are not finite in {str(dtype).removeprefix('torch.')}: choose another `llm_layer`"
+                + (", or `dtype='bfloat16'`." if dtype == torch.float16 else ".")
+            )
+        states[start : start + len(batch_states)] = batch_states
+        start += len(batch_states)
+        progress.update(len(batch_states))
+    path = folder / f"{hashlib.sha256(keys).hexdigest()[:16]}.safetensors"
+    content = {
+        "states": states,
+        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(prompts), -1),
+        "lengths": lengths,
+    }
+    try:
+        save_file(content, path.with_suffix(".part"))
+    except SafetensorError as error:
+        path.with_suffix(".part").unlink(missing_ok=True)
+        raise OSError(f"The prompt features cannot be written to {folder}: {error}") from error
+    path.with_suffix(".part").rename(path)
+
+
+def _run_llm(model, prompts: list[list[int]]) -> torch.Tensor:
+    """The states of all tokens of the prompts, one behind the other, of shape `(tokens, prompt_hidden_size)`."""
+    longest = len(prompts[0])
+    if len(prompts[-1]) == longest:
+        return model.encode_hidden_states(torch.tensor(prompts)).flatten(0, 1)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
         mask[row, : len(prompt)] = 1
-    states = model.encode_hidden_states(ids, mask).to(torch.float16).cpu()
-    if not torch.isfinite(states[mask.bool()]).all():
-        raise ValueError("The LLM's states are too large for float16, or not finite: choose another `llm_layer`.")
-    return [states[row, : len(prompt)].numpy() for row, prompt in enumerate(prompts)]
+    states = model.encode_hidden_states(ids, mask)
+    return states[mask.bool().to(states.device)]

@@ -124,6 +124,16 @@ def _quiet():
         transformers_logging.set_verbosity(verbosity)
 
 
+# RoBERTa and its kin count positions from behind the padding token's id.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer")
+
+
+def max_positions(config) -> int | None:
+    """How many tokens a model of this configuration can tell apart by position; `None` for any number."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else limit
+
+
 # ------------------------------------------------------------------------------------------------- is it the right LLM
 def check_loading_info(info, what):
     """Raises a `ValueError` if a `from_pretrained` left weights out or had to make some up."""
@@ -218,7 +228,7 @@ def truncate(llm: PreTrainedModel, num_layers: int, depth: int) -> PreTrainedMod
 def record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int):
     """
     Yields a dictionary that holds, after the LLM's forward, the states of the layers in `wanted`: 0 is the input of
-    the first layer, k the output of layer k. Not the last: that is what the LLM returns, after its final norm.
+    the first layer, k the output of layer k, but the last what the LLM returns, after its final norm.
     """
     states: dict[int, torch.Tensor] = {}
 
@@ -231,7 +241,12 @@ def record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int
 
         return hook
 
+    def keep_last(module, args, output):
+        states[num_layers] = output[0]
+
     handles, inner = [], sorted(set(wanted) - {num_layers})
+    if num_layers in wanted:
+        handles.append(llm.register_forward_hook(keep_last))
     if inner:
         layers = find_layers(llm, max(max(wanted), 1))
         for layer in inner:

@@ -14,6 +14,7 @@ on Transformers 4.x and 5.x.
 """
 
 import copy
+import functools
 import inspect
 import os
 from dataclasses import dataclass
@@ -24,15 +25,17 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
-from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
+from .drafting_llm2slm import LosslessGenerationMixin
 from .loading_llm2slm import (
     fingerprint,
     llm_auto_class,
     load_llm,
     load_slm,
+    max_positions,
     record_layer_states,
     resolve_revision,
     shared_parameter,
@@ -97,12 +100,14 @@ class LLM2SLMProjector(nn.Module):
         return embeds
 
 
-class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGenerationMixin, GenerationMixin):
     """
     A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
 
     `llm` is `None` in a slim model whose LLM has not been loaded (see [`~LLM2SLMForConditionalGeneration.load_llm`]);
-    `prompt_hidden_states` and `prompt_embeds` then still work.
+    `prompt_hidden_states` and `prompt_embeds` then still work. `prompt_token_map` is `None` unless the SLM's
+    vocabulary is the LLM's, trimmed: an int32 tensor of shape `(llm_vocab_size,)` with the SLM's id of each of the
+    LLM's tokens, -1 for none.
     """
 
     # ----------------------------------------------------------------------------------------------------- building
@@ -115,6 +120,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         if llm is not None:
             self._set_llm(llm)
         self.projector = LLM2SLMProjector(config)
+        self.register_buffer("prompt_token_map", None)
+        if config.maps_prompt_tokens:
+            self.prompt_token_map = torch.full((config.llm_text_config.vocab_size,), -1, dtype=torch.int32)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
         # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -138,6 +146,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         slm: "str | os.PathLike | PreTrainedModel",
         *,
         fusion: str = "replace",
+        prompt_token_map: torch.Tensor | list[int] | None = None,
         llm_kwargs: dict | None = None,
         slm_kwargs: dict | None = None,
         **config_kwargs,
@@ -153,14 +162,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 Likewise; anything `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM` loads.
             fusion (`str`, *optional*, defaults to `"replace"`):
                 `"replace"` or `"add"`, see [`LLM2SLMConfig`].
+            prompt_token_map (`torch.LongTensor` or `list[int]` of shape `(llm_vocab_size,)`, *optional*):
+                With `shared_tokenizer=True` and an SLM vocabulary smaller than the LLM's: the SLM's id of each token
+                of the LLM, -1 for those it lacks, which `fusion="add"` embeds as zero.
             llm_kwargs, slm_kwargs (`dict`, *optional*):
                 Arguments of each `from_pretrained`: `dtype`, `device_map`, `revision`, `quantization_config`, ...
             config_kwargs:
                 Further fields of [`LLM2SLMConfig`], such as `llm_layer` and `shared_tokenizer`.
 
         Raises:
-            ValueError: if the two models share a parameter (training the SLM would change the LLM), or a field of the
-                configuration is unknown or invalid.
+            ValueError: if the two models share a parameter (training the SLM would change the LLM), a field of the
+                configuration is unknown or invalid, or `prompt_token_map` is missing, not needed or invalid.
         """
         known = set(inspect.signature(LLM2SLMConfig.__init__).parameters) - {"self", "kwargs"}
         if unknown := set(config_kwargs) - known:
@@ -192,8 +204,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 "copy, e.g. `slm=copy.deepcopy(slm)`."
             )
         config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
+        token_map = _check_token_map(prompt_token_map, config)
         generation_config = slm.generation_config
         model = cls(config, llm=llm, slm=slm)
+        if token_map is not None:
+            model.prompt_token_map.copy_(token_map)
         config.llm_fingerprint = fingerprint(model.llm)
         model.generation_config = generation_config
         model.projector.to(slm.get_input_embeddings().weight.device, slm.dtype)
@@ -214,7 +229,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
 
     def _set_llm(self, llm: PreTrainedModel):
-        """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
+        """Keeps of `llm` what reads the prompt, frozen and in eval mode."""
+        self.llm = self._prompt_part(llm).requires_grad_(False).eval()
+
+    def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
+        """What of `llm` reads the prompt, up to the highest layer asked for; it shares the parameters."""
         if self.config.llm_config.is_encoder_decoder:
             llm = llm.get_encoder()
         elif llm.base_model is not llm:  # no head
@@ -222,9 +241,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         elif llm.can_generate():  # Gemma 3 in Transformers 4 names no base model
             llm = llm.model
         num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
-        if depth < num_layers:
-            llm = truncate(llm, num_layers, depth)
-        self.llm = llm.requires_grad_(False).eval()
+        return truncate(llm, num_layers, depth) if depth < num_layers else llm
 
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
@@ -258,15 +275,31 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """Replaces the SLM's head."""
         self.slm.set_output_embeddings(new_embeddings)
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        """Resizes the SLM's vocabulary."""
-        embeddings = self.slm.resize_token_embeddings(*args, **kwargs)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """Resizes the SLM's vocabulary; one shared with the LLM keeps the ids of the prompt's tokens."""
+        if self.config.shared_tokenizer and new_num_tokens is not None:
+            lowest, highest = self.config.llm_text_config.vocab_size, None
+            if self.prompt_token_map is not None:
+                lowest, highest = int(self.prompt_token_map.max()) + 1, lowest - 1
+            if new_num_tokens < lowest or (highest is not None and new_num_tokens > highest):
+                raise ValueError(
+                    f"With a tokenizer shared with the LLM the SLM's vocabulary must have at least {lowest}"
+                    f"{'' if highest is None else f' and at most {highest}'} tokens, got {new_num_tokens}."
+                )
+        embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.slm_config = self.slm.config
         return embeddings
 
     def get_decoder(self):
         """The SLM's decoder."""
         return self.slm.get_decoder()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """All but the SLM's head: what TRL's trainers call, to compute loss and metrics with the head themselves."""
+        return LLM2SLMBackbone(self)
+
+    model = base_model  # where TRL looks for it with Transformers 4
 
     # ----------------------------------------------------------------------------------------------- encode a prompt
     def encode_prompt(
@@ -296,33 +329,33 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             ValueError: if shapes disagree, a row has no token, ids are outside the LLM's vocabulary, the prompt is
                 longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
         """
+        adds_own_embeddings = self.config.fusion == "add" and self.config.shared_tokenizer
         if prompt_hidden_states is None:
             prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
             if attention_mask is None:
                 attention_mask = torch.ones(prompt_hidden_states.shape[:2], dtype=torch.long)
+            prompt_hidden_states = _fill_masked(prompt_hidden_states, attention_mask)
         else:
-            attention_mask = self._check_prompt_states(
+            prompt_hidden_states, attention_mask = self._check_prompt_states(
                 "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
             )
+            if adds_own_embeddings:
+                self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask)
         device = self.projector.out.weight.device
         attention_mask = attention_mask.to(device).long()
-        # Padded positions may hold anything, NaN too; the SLM masks them, but 0 * NaN is NaN.
-        prompt_hidden_states = prompt_hidden_states.to(device).masked_fill(attention_mask[:, :, None] == 0, 0.0)
-        prompt_embeds = self.projector(prompt_hidden_states)  # (batch_size, prompt_length, slm_hidden_size)
-        if self.config.fusion == "add" and self.config.shared_tokenizer:
-            if input_ids is None:
-                raise ValueError(
-                    "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
-                    "`input_ids` with `prompt_hidden_states`."
-                )
-            if input_ids.shape != attention_mask.shape:
-                raise ValueError(
-                    f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
-                    f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
-                )
-            ids = input_ids.to(device).masked_fill(attention_mask == 0, 0)
-            prompt_embeds = prompt_embeds + self._embed_with_slm(ids)
+        # (batch_size, prompt_length, slm_hidden_size)
+        prompt_embeds = self.projector(prompt_hidden_states.to(device))
+        if adds_own_embeddings:
+            prompt_embeds = prompt_embeds + self._embed_prompt(input_ids, attention_mask)
         return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
+
+    def _embed_prompt(self, input_ids, attention_mask):
+        """The SLM's embeddings of the LLM's ids; zero for a token that a trimmed vocabulary lacks."""
+        ids = input_ids.to(attention_mask.device).masked_fill(attention_mask == 0, 0)
+        if self.prompt_token_map is None:
+            return self._embed_with_slm(ids)
+        ids = self.prompt_token_map.to(ids.device)[ids].long()
+        return self._embed_with_slm(ids.clamp(min=0)) * (ids >= 0)[:, :, None]
 
     def _embed_with_slm(self, ids):
         """What the SLM makes of ids before its first layer. Marian and Pegasus scale ids' embeddings, but not ours."""
@@ -353,17 +386,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
         # What is padding in every row is left out.
         order = _padding_order(attention_mask.to(self.llm.device), "right")
-        prompt_length, longest = attention_mask.shape[1], int(attention_mask.sum(dim=1).max())
+        prompt_length, longest = attention_mask.shape[1], _longest(attention_mask)
         arguments = {
             "input_ids": input_ids.to(self.llm.device).gather(1, order)[:, :longest],
             "attention_mask": attention_mask.to(self.llm.device).gather(1, order)[:, :longest],
         }
-        if "use_cache" in inspect.signature(self.llm.forward).parameters:
+        if "use_cache" in _arguments(type(self.llm).forward):
             arguments["use_cache"] = False
         num_layers = self.config.llm_text_config.num_hidden_layers
         with record_layer_states(self.llm, self.config.prompt_layers, num_layers) as states:
-            output = self.llm(**arguments, return_dict=True)
-        states[num_layers] = output.last_hidden_state
+            self.llm(**arguments, return_dict=True)
         hidden_states = torch.cat([states[layer] for layer in self.config.prompt_layers], dim=-1)
         hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, prompt_length - longest))
         return _reordered(hidden_states, order.argsort(dim=1))  # (batch_size, prompt_length, prompt_hidden_size)
@@ -386,10 +418,22 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 f"`input_ids` must be ids of the LLM's tokenizer, from 0 to {llm_config.vocab_size - 1}; found "
                 f"{lowest if lowest < 0 else highest}."
             )
-        length = int(attention_mask.sum(dim=1).max())
-        self._check_positions("LLM", llm_config, length)
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), length)
+        self._check_positions("LLM", llm_config, _longest(attention_mask))
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
         return input_ids, attention_mask
+
+    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask):
+        if input_ids is None:
+            raise ValueError(
+                "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
+                "`input_ids` with `prompt_hidden_states`."
+            )
+        if input_ids.shape != attention_mask.shape:
+            raise ValueError(
+                f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
+                f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
+            )
+        self._check_prompt_ids(input_ids, attention_mask)
 
     def _check_prompt_states(self, name, states, width, attention_mask):
         if states.ndim != 3 or states.shape[-1] != width or states.shape[1] == 0:
@@ -397,14 +441,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 f"`{name}` must have shape (batch_size, prompt_length, {width}), got {tuple(states.shape)}."
             )
         attention_mask = _check_attention_mask(attention_mask, name, states)
-        if not torch.isfinite(states.masked_fill(attention_mask[:, :, None].to(states.device) == 0, 0.0)).all():
+        states = _fill_masked(states, attention_mask)
+        if not torch.isfinite(states).all():
             raise ValueError(f"`{name}` has NaN or infinite values at positions that are not masked.")
-        length = int(attention_mask.sum(dim=1).max())
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), length)
-        return attention_mask
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
+        return states, attention_mask
 
     def _check_positions(self, model_name, config, length, what="prompt has"):
-        limit = _max_positions(config)
+        limit = max_positions(config)
         if limit is not None and length > limit:
             raise ValueError(
                 f"The {what} {length} tokens, but the {model_name} ({config.model_type}) has {limit} positions. "
@@ -414,6 +458,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------------------- forward
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Shifts `labels` of shape `(batch_size, response_length)` right, behind the decoder's start token."""
+        if self.config.slm_config.is_encoder_decoder:
+            return self.slm.prepare_decoder_input_ids_from_labels(labels)
         decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         decoder_input_ids[:, 1:] = labels[:, :-1]
         pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else 0
@@ -459,26 +505,28 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             the SLM encoder's output, or the prompt embeddings of a decoder-only SLM.
 
         Raises:
-            ValueError: if there is neither `labels` nor `decoder_input_ids`, if all labels are -100 or one is outside
-                the SLM's vocabulary, and for an invalid prompt (see `encode_prompt`).
+            ValueError: if there is neither `labels` nor `decoder_input_ids`, if they have not one row for each
+                prompt, if all labels are -100 or one is outside the SLM's vocabulary, and for an invalid prompt (see
+                `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
-        if labels is not None:
-            self._check_labels(labels)
-            if decoder_attention_mask is None:
-                # Position i is fed label i - 1; the first is the start token.
-                fed = (labels[:, :-1] != -100).long()
-                decoder_attention_mask = torch.cat([torch.ones_like(labels[:, :1]), fed], dim=1)
         # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and these two.
         if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
             raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
+        prompts = (prompt_embeds, prompt_hidden_states, input_ids)
+        num_prompts = next((len(prompt) for prompt in prompts if prompt is not None), None)
+        if labels is not None:
+            _check_response("labels", labels, num_prompts)
+            self._check_labels(labels)
+            if decoder_attention_mask is None:
+                decoder_attention_mask = response_mask(labels)
+            if decoder_input_ids is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        _check_response("decoder_input_ids", decoder_input_ids, num_prompts)
+        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         if self.config.slm_config.is_encoder_decoder:
-            if decoder_input_ids is None and labels is not None:
-                decoder_input_ids = self.slm.prepare_decoder_input_ids_from_labels(labels)
-            _check_decoder_input_ids(decoder_input_ids)
             output = self.slm(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -490,9 +538,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             )
             output = Seq2SeqLMOutput(**{name: value for name, value in output.items() if name != "loss"})
         else:
-            if decoder_input_ids is None and labels is not None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-            _check_decoder_input_ids(decoder_input_ids)
             output = self._decoder_only_forward(
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
             )
@@ -512,9 +557,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         response_embeds = self.slm.get_input_embeddings()(response_ids).to(prompt_embeds.dtype)
         inputs_embeds = torch.cat([prompt_embeds, response_embeds], dim=1)  # (batch, prompt + response - 1, hidden)
         mask = torch.cat([prompt_mask, response_mask.to(prompt_mask)], dim=1)
-        length = int(mask.sum(dim=1).max())
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), length, _PROMPT_AND_RESPONSE)
-        arguments = inspect.signature(self.slm.forward).parameters
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(mask), _PROMPT_AND_RESPONSE)
+        arguments = _arguments(type(self.slm).forward)
         optional = dict(outputs_wanted)
         if "position_ids" in arguments:
             optional["position_ids"] = _position_ids(mask)
@@ -538,11 +582,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
             prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
         else:
-            mask = self._check_prompt_states(
+            prompt_embeds, mask = self._check_prompt_states(
                 "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
-            ).to(prompt_embeds.device)
-            prompt_embeds = prompt_embeds.masked_fill(mask[:, :, None] == 0, 0.0)
-        longest = int(mask.sum(dim=1).max())  # what is padding in every row is left out
+            )
+            mask = mask.to(prompt_embeds.device)
+        longest = _longest(mask)  # what is padding in every row is left out
         if self.config.slm_config.is_encoder_decoder:
             order = _padding_order(mask, "right")[:, :longest]
         else:
@@ -564,7 +608,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         # `generate` below has no use for it: only an LLM's `generate` with this model as its assistant comes here.
         raise ValueError(
             "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written so "
-            "far for a new prompt and draft nonsense."
+            "far for a new prompt and draft nonsense. To draft for its LLM, call `model.generate_lossless(..., "
+            "llm=llm)` on it in place of `llm.generate(..., assistant_model=model)`."
         )
 
     @torch.no_grad()
@@ -625,14 +670,58 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
                 mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
             _lengths_mean_the_response(generation_config)
-            config, length = self.config.slm_config.get_text_config(), int(mask.sum(dim=1).max())
-            self._check_positions(
-                "SLM", config, length + (generation_config.max_new_tokens or 0), _PROMPT_AND_RESPONSE
-            )
+            length = _longest(mask) + (generation_config.max_new_tokens or 0)
+            self._check_positions("SLM", self.config.slm_config.get_text_config(), length, _PROMPT_AND_RESPONSE)
         # 4. Decode: the SLM alone.
         return self.slm.generate(
             inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
         )
+
+
+# ----------------------------------------------------------------------------------------------------- TRL's trainers
+class LLM2SLMBackbone(nn.Module):
+    """A view of a model, without parameters of its own, that returns the states which enter the SLM's head."""
+
+    _tp_plan = _pp_plan = None
+
+    def __init__(self, model: LLM2SLMForConditionalGeneration):
+        super().__init__()
+        self._whole = (model,)  # in a tuple: the model is not a part of its view
+
+    def forward(self, decoder_input_ids: torch.Tensor | None = None, **inputs) -> BaseModelOutput:
+        r"""
+        Takes what [`LLM2SLMForConditionalGeneration`] takes, but `labels`.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` of shape `(batch_size, response_length, slm_hidden_size)`.
+
+        Raises:
+            ValueError: without `decoder_input_ids`, and for an SLM that adds a bias behind its head.
+        """
+        model = self._whole[0]
+        if decoder_input_ids is None:
+            raise ValueError(
+                "SFTTrainer needs batches with `decoder_input_ids`: pass it "
+                "`data_collator=DataCollatorForLLM2SLM(tokenizer, model=model)`."
+            )
+        bias = getattr(model.slm, "final_logits_bias", None)  # BART, Marian, Pegasus
+        if bias is not None and bias.any():
+            raise ValueError(
+                f"SFTTrainer computes the loss from the head's weights alone, but {type(model.slm).__name__} adds "
+                "`final_logits_bias` to what they give: train it with Seq2SeqTrainer."
+            )
+        entering = []
+
+        def keep_states(head, args):
+            entering.append(args[0])
+            return (args[0][:, :1],)  # the head itself has nothing to do
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(keep_states)
+        try:  # the class's own forward: the trainer has replaced the model's
+            LLM2SLMForConditionalGeneration.forward(model, decoder_input_ids=decoder_input_ids, **inputs)
+        finally:
+            handle.remove()
+        return BaseModelOutput(last_hidden_state=entering[0][:, -decoder_input_ids.shape[1] :])
 
 
 # ------------------------------------------------------------------------------------------------- tensors and masks
@@ -650,9 +739,66 @@ def _check_attention_mask(attention_mask, name, tensor):
     return attention_mask.long()
 
 
-def _check_decoder_input_ids(decoder_input_ids):
-    if decoder_input_ids is None:
+def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
+    llm_vocab_size, slm_vocab_size = config.llm_text_config.vocab_size, config.vocab_size
+    sizes = f"the LLM's vocabulary has {llm_vocab_size} tokens, the SLM's {slm_vocab_size}"
+    if token_map is None:
+        if config.maps_prompt_tokens:
+            raise ValueError(
+                f"`shared_tokenizer=True` with a trimmed vocabulary ({sizes}) needs `prompt_token_map`: the SLM's id "
+                "of each token of the LLM, -1 for none. With different tokenizers leave `shared_tokenizer=False`: "
+                "`fusion='add'` then adds to a learned projection of the LLM's input embeddings."
+            )
+        return None
+    if not config.maps_prompt_tokens:
+        raise ValueError(
+            "`prompt_token_map` is for `shared_tokenizer=True` with an SLM vocabulary smaller than the LLM's, got "
+            f"`shared_tokenizer={config.shared_tokenizer}` where {sizes}."
+        )
+    token_map = torch.as_tensor(token_map)
+    if token_map.is_floating_point() or token_map.shape != (llm_vocab_size,):
+        raise ValueError(
+            f"`prompt_token_map` must be integers of shape ({llm_vocab_size},), one for each token of the LLM, got "
+            f"{token_map.dtype} of shape {tuple(token_map.shape)}."
+        )
+    lowest, highest = int(token_map.min()), int(token_map.max())
+    if lowest < -1 or highest >= slm_vocab_size:
+        raise ValueError(
+            f"`prompt_token_map` must hold ids of the SLM's tokenizer, from 0 to {slm_vocab_size - 1}, or -1; found "
+            f"{lowest if lowest < -1 else highest}."
+        )
+    return token_map
+
+
+def _check_response(name, ids, num_prompts):
+    if ids is None:
         raise ValueError("Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`.")
+    if ids.ndim != 2 or ids.shape[1] == 0 or (num_prompts is not None and len(ids) != num_prompts):
+        batch_size = "batch_size" if num_prompts is None else num_prompts
+        raise ValueError(
+            f"`{name}` must have shape ({batch_size}, response_length), one row for each prompt, got "
+            f"{tuple(ids.shape)}."
+        )
+
+
+def response_mask(labels: torch.Tensor) -> torch.Tensor:
+    """The `decoder_attention_mask` of `labels`: position i is fed label i - 1, the first the start token."""
+    return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
+
+
+def _longest(mask: torch.Tensor) -> int:
+    """Tokens of the longest row."""
+    return int(mask.sum(dim=1).max())
+
+
+def _fill_masked(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Zero at masked positions. They may hold anything, NaN too: the SLM masks them, but 0 * NaN is NaN."""
+    return states.masked_fill(mask[:, :, None].to(states.device) == 0, 0.0)
+
+
+@functools.cache
+def _arguments(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
@@ -664,14 +810,7 @@ def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, order[:, :, None].expand(-1, -1, tensor.shape[-1]))
 
 
-# RoBERTa and its kin count positions from behind the padding token's id.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer")
 _PROMPT_AND_RESPONSE = "prompt and the response have"
-
-
-def _max_positions(config) -> int | None:
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else limit
 
 
 def _position_ids(mask: torch.Tensor) -> torch.Tensor:

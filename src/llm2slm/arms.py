@@ -1,0 +1,243 @@
+"""What a training starts from: its pairs, its models and tokenizers, and the examples made of the pairs.
+
+The arms learn from the same pairs:
+- `llm2slm`: projector and SLM, behind the frozen LLM or its cached states.
+- `slm`: the SLM alone. `llm`: the LLM alone, with LoRA. A decoder-only one reads prompt and response as one sequence
+  and learns the response; an encoder-decoder reads the one and writes the other.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+
+from .building import make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
+from .configuration_llm2slm import LLM2SLMConfig
+from .data import DataCollatorForLLM2SLM, tokenize_pairs
+from .features import cache_prompt_features
+from .loading_llm2slm import load_slm, max_positions, split_gguf
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .pairs import load_pairs
+from .starts import align_projector, start_at_zero, start_from_states
+from .tokenization_llm2slm import LLM2SLMTokenizer
+from .train_options import TrainOptions
+
+
+# --------------------------------------------------------------------------------------------------- pairs to examples
+def load_splits(options: TrainOptions) -> dict[str, Dataset]:
+    """The pairs of `train` and, unless there is no evaluation, `validation`."""
+    named = {"train": options.train_split, "validation": options.validation_split}
+    limits = {"train": options.max_train_pairs, "validation": options.max_validation_pairs}
+    return {
+        name: load_pairs(options.data, split, options.prompt_format, options.completion_format, limits[name])
+        for name, split in named.items()
+        if split != "none"
+    }
+
+
+def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, tokenizer) -> dict[str, Dataset]:
+    r"""
+    Tokenizes the pairs as the arm reads them, and checks that they fit the models.
+
+    Returns:
+        `dict[str, Dataset]`: for each split the pairs that are used, with `input_ids` and `labels`.
+
+    Raises:
+        ValueError: if no pair of a split is within the limits, or one needs more positions than a model has.
+    """
+    two_sided = tokenizer
+    if options.arm != "llm2slm":
+        two_sided = LLM2SLMTokenizer.from_tokenizers(tokenizer, tokenizer)
+    limits = {"prompt_max_length": options.prompt_max_length, "response_max_length": options.response_max_length}
+    examples = {}
+    for split, rows in pairs.items():
+        examples[split] = tokenize_pairs(rows, two_sided, **limits, truncate=options.truncate)
+        _check_positions(model.config, examples[split], split)
+    if not model.config.is_encoder_decoder:
+        examples = {split: rows.map(_join, desc="Joining") for split, rows in examples.items()}
+    return examples
+
+
+def _join(row: dict[str, Any]) -> dict[str, list[int]]:
+    prompt, response = row["input_ids"], row["labels"]
+    return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+
+
+def _check_positions(config, rows: Dataset, split: str):
+    lengths = [
+        (len(prompt), len(response)) for prompt, response in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+    is_llm2slm = isinstance(config, LLM2SLMConfig)
+    writer = config.slm_config if is_llm2slm else config
+    needed = {"what writes": (writer, max(max(pair) if writer.is_encoder_decoder else sum(pair) for pair in lengths))}
+    if is_llm2slm:
+        needed["the LLM"] = (config.llm_text_config, max(prompt for prompt, _ in lengths))
+    for name, (part, longest) in needed.items():
+        limit = max_positions(part.get_text_config())
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"A {split} pair needs {longest} positions, but {name} ({part.model_type}) has {limit}: lower "
+                "`prompt_max_length` or `response_max_length`."
+            )
+
+
+def make_collator(options: TrainOptions, tokenizer):
+    """What makes batches of the arm's examples."""
+    if options.arm == "llm2slm":
+        return DataCollatorForLLM2SLM(tokenizer)
+    tokenizer.padding_side = "right"  # positions are counted from the first token
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    return lambda rows: collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+
+
+def cache_features(options: TrainOptions, examples: dict[str, Dataset], model) -> dict[str, Dataset]:
+    """The examples with the LLM's states of their prompts. The LLM is loaded only if some are missing."""
+    llm_kwargs = {"dtype": options.llm_dtype}
+    return {
+        split: cache_prompt_features(rows, model, options.cache_dir, options.features_dtype, llm_kwargs)
+        for split, rows in examples.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------- models: the start
+def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.device, folder: Path) -> None:
+    """Writes model and tokenizer as they are before the first step; caches the features while the LLM is loaded."""
+    llm_tokenizer = None if not options.llm else load_tokenizer(options.llm)
+    slm, slm_tokenizer, token_ids = build_slm(options, llm_tokenizer, pairs["train"])
+    if options.arm == "slm":
+        slm.save_pretrained(folder)
+        slm_tokenizer.save_pretrained(folder)
+        return
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
+    model = compose(options, slm, token_ids)
+    if options.start == "zero":
+        start_at_zero(model)
+    if options.cache_features:
+        examples = make_examples(options, pairs, model, tokenizer)
+        model.llm.to(device)
+        examples = cache_features(options, examples, model)
+        model.llm.to("cpu")
+        if options.start == "aligned":
+            align_projector(model, examples["train"], tokenizer)
+        elif options.start == "states":
+            start_from_states(model, examples["train"])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_start(options: TrainOptions, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that `write_start` wrote, without the LLM if its features are cached; or the LLM."""
+    if options.arm == "llm":
+        return load_slm(options.llm, dtype=options.llm_dtype), load_tokenizer(options.llm)
+    if options.arm == "slm":
+        return load_slm(str(folder), dtype="float32"), AutoTokenizer.from_pretrained(folder)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(
+        folder, dtype="float32", load_llm=not options.cache_features, llm_kwargs={"dtype": options.llm_dtype}
+    )
+    return model, LLM2SLMTokenizer.from_pretrained(folder)
+
+
+def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | None):
+    """LLM, projector and SLM; `token_ids` are the LLM's ids of the SLM's tokens if the two share a tokenizer."""
+    token_mapping: dict[str, Any] = {}
+    if token_ids is not None:
+        name, gguf_file = split_gguf(options.llm, None)
+        config = LLM2SLMConfig.from_sub_configs(
+            AutoConfig.from_pretrained(name, **_gguf(gguf_file)), slm.config, shared_tokenizer=True
+        )
+        token_mapping["shared_tokenizer"] = True
+        if config.maps_prompt_tokens:
+            token_mapping["prompt_token_map"] = token_map(config.llm_text_config.vocab_size, token_ids)
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        options.llm,
+        slm,
+        fusion=options.fusion,
+        llm_kwargs={"dtype": options.llm_dtype},
+        llm_layer=options.llm_layer if len(options.llm_layer) > 1 else options.llm_layer[0],
+        projector_type=options.projector_type,
+        projector_hidden_size=options.projector_hidden_size,
+        projector_norm=None if options.projector_norm == "none" else options.projector_norm,
+        **token_mapping,
+    )
+
+
+def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any, Any, list[int] | None]:
+    """The SLM, its tokenizer, and the LLM's ids of its tokens if that is the LLM's tokenizer, maybe trimmed."""
+    source = options.slm
+    if source == "slice":
+        source = options.slice_of or options.llm
+    # Its tokens are those it writes and, unless the LLM's states take the prompt's place, those it reads.
+    reads = options.arm == "slm" or (options.fusion == "add" and options.slm_tokenizer == "trimmed")
+    if options.slm_tokenizer == "trimmed":
+        tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads))
+    elif source == "fresh" and options.slm_tokenizer == "own":
+        tokenizer, token_ids = train_tokenizer(texts_of(pairs, llm_tokenizer, reads), options.vocab_size), None
+    else:
+        tokenizer = llm_tokenizer if source in ("fresh", options.llm) else load_tokenizer(source)
+        shared = llm_tokenizer is not None and tokenizer.get_vocab() == llm_tokenizer.get_vocab()
+        token_ids = list(range(len(tokenizer))) if shared else None
+
+    if source == "fresh":
+        positions = max(2048, options.prompt_max_length + options.response_max_length)
+        slm = make_slm(tokenizer, options.hidden_size, options.num_hidden_layers, max_position_embeddings=positions)
+    else:
+        slm = load_slm(source, dtype="float32")
+        if options.slm == "slice":
+            slm = slice_lm(slm, options.slm_layers or [], token_ids if options.slm_tokenizer == "trimmed" else None)
+    return slm, tokenizer, token_ids
+
+
+def texts_of(pairs: Dataset, tokenizer, prompts: bool) -> list[str]:
+    """All completions and, if asked for, all prompts, in the chat template of `tokenizer` if there is one."""
+
+    def prompt_text(prompt) -> str:
+        if isinstance(prompt, str) or tokenizer is None:
+            return contents(prompt)
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    def contents(text) -> str:
+        return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+    read = map(prompt_text, pairs["prompt"]) if prompts else []
+    return [*read, *map(contents, pairs["completion"])]
+
+
+def load_tokenizer(name: str):
+    """
+    The tokenizer of a model by name, folder or GGUF file. One without a padding token pads with its end token.
+
+    Raises:
+        OSError: if there is none.
+    """
+    folder, gguf_file = split_gguf(name, None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf(gguf_file))
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no tokenizer in {name!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _gguf(gguf_file: str | None) -> dict[str, str]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+def with_lora(options: TrainOptions, model: PreTrainedModel):
+    """The model with LoRA on what the arm trains, every linear layer but the head; the projector is trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    arguments: dict[str, Any] = {
+        "r": options.lora_r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "target_modules": "all-linear",
+    }
+    if options.arm == "llm2slm":
+        arguments |= {"exclude_modules": r"(llm|projector)\..*", "modules_to_save": ["projector"]}
+    else:
+        arguments["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return get_peft_model(model, LoraConfig(**arguments))

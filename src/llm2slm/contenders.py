@@ -1,0 +1,288 @@
+"""What `llm2slm benchmark` measures side by side: LLM-to-SLM in its modes, its two models alone, and the alternatives.
+
+Each contender reads a batch of the same random prompts and writes exactly as many tokens as asked for, greedily; each
+token is announced to a streamer. Whatever its checkpoint says of how to generate is left out.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+
+from . import LLM2SLMForConditionalGeneration
+from .cli import device, load_checkpoint
+from .loading_llm2slm import load_slm, split_gguf
+from .shapes import SHAPES, load_config
+
+
+@dataclass
+class Contender:
+    """
+    Something that writes responses.
+
+    Args:
+        name (`str`): One of [`~llm2slm.benchmark.NAMES`].
+        config (`PretrainedConfig`, *optional*): Of the model whose costs can be counted.
+        parameters (`int`): Its number of weights, shared ones once.
+        weight_bytes (`int`): Their size.
+        generate (`Callable`):
+            `generate(num_tokens, streamer)` writes that many tokens for each prompt and returns how many it wrote;
+            `streamer.put` is called once for each.
+        facts (`dict`): What the last run said of itself, such as an acceptance rate.
+    """
+
+    name: str
+    config: Any
+    parameters: int
+    weight_bytes: int
+    generate: Callable[[int, Any], int]
+    facts: dict[str, float]
+
+
+def load_contenders(args: argparse.Namespace) -> list[Contender]:
+    """
+    The contenders that `args.systems` names, in its order.
+
+    Raises:
+        OSError: if a model is missing.
+        ValueError: if a contender cannot be had with these models, or the lengths are more than a model takes.
+        ImportError: if the package of a contender is missing.
+    """
+    names = list(dict.fromkeys(args.systems))
+    llm, slm, llm2slm = _load_models(args, names)
+    makers: dict[str, Callable[[], Contender]] = {
+        "slm": lambda: _transformers("slm", slm, args),
+        "llm2slm": lambda: _transformers("llm2slm", llm2slm, args),
+        "llm": lambda: _transformers("llm", llm, args),
+        "fast": lambda: _transformers("fast", llm2slm, args, fast=True),
+        "reuse": lambda: _reuse(llm2slm, args),
+        "assisted": lambda: _assisted(llm, args),
+        "lossless": lambda: _lossless(llm2slm, llm, args),
+        "ctranslate2": lambda: _ctranslate2(llm, args),
+        "llama.cpp": lambda: _llama_cpp(args),
+    }
+    contenders = []
+    for name in names:
+        if name in ("llm", "assisted", "lossless", "ctranslate2") and llm is None:
+            print(f"Left out: {name}. The checkpoint holds what reads the prompt; give --llm.", file=sys.stderr)
+            continue
+        contenders.append(makers[name]())
+    return contenders
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+def _load_models(args, names: list[str]):
+    """LLM (`None` if it cannot write by itself), SLM and LLM-to-SLM; the last shares what it can with the others."""
+    torch.manual_seed(0)
+    if args.model is None:
+        llm, slm = _load(args.llm, args), _load(args.slm, args)
+        # Read as the lossless mode needs it: the same ids on both sides.
+        shared = "lossless" in names
+        llm2slm = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, shared_tokenizer=shared)
+    else:
+        llm2slm, _ = load_checkpoint(args)
+        config, llm, slm = llm2slm.config, None, llm2slm.slm
+        if {"llm", "assisted", "lossless", "ctranslate2"} & set(names):
+            if args.llm is not None:
+                llm = _load(args.llm, args)
+            elif config.llm_name_or_path is not None:
+                source = {"revision": config.llm_revision, "gguf_file": config.llm_gguf_file}
+                llm = _load(config.llm_name_or_path, args, **source)
+    for name, model in (("slm", slm), ("llm2slm", llm2slm), ("llm", llm)):
+        if model is not None:
+            _forget_generation_settings(model)
+            _check_lengths(name, model.config.slm_config if name == "llm2slm" else model.config, args)
+    return llm, slm, llm2slm
+
+
+def _load(name: str, args, **kwargs) -> PreTrainedModel:
+    if name not in SHAPES:  # whatever writes by itself is loaded in one way, LLM or SLM
+        return load_slm(name, dtype=args.dtype, **kwargs).to(device(args)).eval()
+    config = load_config(name)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    return auto_class.from_config(config).to(device(args), dtype).eval()
+
+
+def _forget_generation_settings(model) -> None:
+    """Leaves nothing but the special tokens of a checkpoint's generation configuration."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    special = {name: getattr(model.generation_config, name) for name in names}
+    if special["eos_token_id"] is None:  # some token has to be the one that is ruled out
+        special["eos_token_id"] = 0
+    if special["pad_token_id"] is None:
+        eos = special["eos_token_id"]
+        special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    model.generation_config = GenerationConfig(**special)
+
+
+def _check_lengths(name: str, config, args) -> None:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # T5 has no such limit
+    lengths = (args.prompt_length, args.response_length)
+    longest = max(lengths) if config.is_encoder_decoder else sum(lengths)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"--prompt-length {args.prompt_length} and --response-length {args.response_length} need {longest} "
+            f"positions, but {name} has {positions}."
+        )
+
+
+def _prompts(config, args) -> dict[str, torch.Tensor]:
+    # Those who read with the LLM take its ids; LLM-to-SLM says which configuration that is.
+    config = config.llm_text_config if config.model_type == "llm2slm" else config.get_text_config()
+    shape, generator = (args.batch_size, args.prompt_length), torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator).to(device(args))
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def _settings(num_tokens: int) -> dict[str, Any]:
+    return {"do_sample": False, "num_beams": 1, "min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
+
+
+def _contender(name: str, model, generate, facts=None) -> Contender:
+    parameters = list(model.parameters())
+    return Contender(
+        name=name,
+        config=model.config,
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        generate=generate,
+        facts={} if facts is None else facts,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- contenders
+def _transformers(name: str, model, args, **options) -> Contender:
+    inputs = _prompts(model.config, args)
+    repeated = 0 if model.config.is_encoder_decoder else args.prompt_length  # a decoder-only model's prompt
+
+    def generate(num_tokens: int, streamer) -> int:
+        return model.generate(**inputs, streamer=streamer, **_settings(num_tokens), **options).shape[1] - repeated
+
+    return _contender(name, model, generate)
+
+
+def _reuse(model, args) -> Contender:
+    encoding = model.encode_prompt(**_prompts(model.config, args))
+
+    def generate(num_tokens: int, streamer) -> int:
+        return model.generate(**encoding, streamer=streamer, **_settings(num_tokens)).shape[1]
+
+    return _contender("reuse", model.slm, generate)
+
+
+def _assisted(llm, args) -> Contender:
+    if args.assistant is None:
+        raise ValueError("The system 'assisted' needs --assistant: a language model that drafts for the LLM.")
+    if args.batch_size > 1:
+        raise ValueError("The system 'assisted' takes one prompt at a time: --batch-size 1.")
+    assistant, inputs, options = _load(args.assistant, args), _prompts(llm.config, args), {}
+    if assistant.config.get_text_config().vocab_size != llm.config.get_text_config().vocab_size:
+        from .arms import load_tokenizer
+
+        # Universal assisted generation, which translates the drafts through text.
+        options = {"tokenizer": load_tokenizer(args.llm), "assistant_tokenizer": load_tokenizer(args.assistant)}
+
+    def generate(num_tokens: int, streamer) -> int:
+        settings = {"streamer": streamer, **_settings(num_tokens), **options}
+        ids = llm.generate(**inputs, assistant_model=assistant, **settings)
+        return ids.shape[1] - (0 if llm.config.is_encoder_decoder else args.prompt_length)
+
+    return _contender("assisted", llm, generate)
+
+
+def _lossless(model, llm, args) -> Contender:
+    if args.batch_size > 1:
+        raise ValueError("The system 'lossless' takes one prompt at a time: --batch-size 1.")
+    inputs = _prompts(model.config, args)
+    facts: dict[str, float] = {}
+
+    def generate(num_tokens: int, streamer) -> int:
+        settings = _settings(num_tokens)
+        output = model.generate_lossless(**inputs, llm=llm, streamer=streamer, **settings)
+        facts.update(acceptance_rate=output.acceptance_rate, llm_calls=output.llm_calls)
+        return output.sequences.shape[1]
+
+    return _contender("lossless", llm, generate, facts)
+
+
+def _ctranslate2(llm, args) -> Contender:
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise ImportError("The system 'ctranslate2' needs a package: pip install ctranslate2") from error
+    if llm.config.model_type != "t5":
+        raise ValueError(f"The system 'ctranslate2' is for LLMs of T5's kind, got {llm.config.model_type}.")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(llm.config.vocab_size)}
+    folder = Path(tempfile.mkdtemp(prefix="llm2slm-ctranslate2-"))
+    llm.save_pretrained(folder / "llm")  # the converter reads a folder, with some tokenizer
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")),
+        eos_token="t1",
+        pad_token="t0",
+        unk_token="t2",
+    ).save_pretrained(folder / "llm")
+    converter = ctranslate2.converters.TransformersConverter(str(folder / "llm"))
+    converter.convert(str(folder / "converted"), quantization="int8")
+    translator = ctranslate2.Translator(str(folder / "converted"), intra_threads=torch.get_num_threads())
+    prompts = [[f"t{i}" for i in row] for row in _prompts(llm.config, args)["input_ids"].tolist()]
+
+    def generate(num_tokens: int, streamer) -> int:
+        results = translator.translate_batch(
+            prompts,
+            beam_size=1,
+            min_decoding_length=num_tokens,
+            max_decoding_length=num_tokens,
+            callback=lambda step: streamer.put(step.token_id) if step.batch_id == 0 else None,
+        )
+        return min(len(result.hypotheses[0]) for result in results)
+
+    contender = _contender("ctranslate2", llm, generate)
+    contender.config, contender.weight_bytes = None, (folder / "converted" / "model.bin").stat().st_size
+    return contender
+
+
+def _llama_cpp(args) -> Contender:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise ImportError("The system 'llama.cpp' needs a package: pip install llama-cpp-python") from error
+    if args.gguf is None:
+        raise ValueError("The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file.")
+    folder, name = split_gguf(args.gguf, None)
+    path = os.path.join(folder, name) if name is not None else args.gguf
+    if args.batch_size > 1:
+        raise ValueError("The system 'llama.cpp' takes one prompt at a time: --batch-size 1.")
+    llm = llama_cpp.Llama(
+        path,
+        n_ctx=args.prompt_length + args.response_length + 8,
+        n_threads=torch.get_num_threads(),
+        n_threads_batch=torch.get_num_threads(),
+        verbose=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(llm.n_vocab() // 2, llm.n_vocab(), (args.prompt_length,), generator=generator).tolist()
+
+    def generate(num_tokens: int, streamer) -> int:
+        llm.reset()
+        llm.eval(prompt)
+        for i in range(num_tokens):
+            token = llm.sample(temp=0.0)
+            streamer.put(token)
+            if i + 1 < num_tokens:
+                llm.eval([token])
+        return num_tokens
+
+    size = os.path.getsize(path)
+    parameters = llama_cpp.llama_model_n_params(llm._model.model)
+    return Contender("llama.cpp", None, parameters, size, generate, {})

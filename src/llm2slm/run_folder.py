@@ -1,0 +1,114 @@
+"""The folder of one training: which training's it is, where that can be resumed, and results that are whole or absent.
+
+- `recipe.yaml` is written first: the options that differ from the defaults. A folder with another one is refused.
+- `start/` is the model before the first step, gone at the end.
+- `checkpoint-N/` are the Trainer's, which writes them in place: one is complete once its last file is.
+- The result is written aside and moved to the top; `run.json`, last, says that the training is finished.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+RECIPE, START, REPORT = "recipe.yaml", "start", "run.json"
+# What may differ when a training is resumed: it changes nothing of the result.
+ELSEWHERE = ("output_dir", "cache_dir", "disable_tqdm", "log_level", "dataloader_num_workers", "ddp_timeout")
+
+
+def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
+    r"""
+    Makes the folder of a training, or makes sure that it is this training's.
+
+    Args:
+        folder (`Path`): New, empty, or the folder of a training with the same recipe.
+        recipe (`dict[str, Any]`): The options that differ from the defaults.
+
+    Raises:
+        OSError: if it is a file, or holds something else than a training.
+        ValueError: if it is another training's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`output_dir` {str(folder)!r} is a file.")
+    path, part = folder / RECIPE, folder / f"{RECIPE}.part"
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    if path.is_file():
+        there, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
+        for name in sorted((there.keys() | here.keys()) - set(ELSEWHERE)):
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"`output_dir` {str(folder)!r} holds another training: its `{name}` is "
+                    f"{_said(there, name)}, here it is {_said(here, name)}. Choose another folder, or remove it."
+                )
+    elif folder.is_dir() and set(folder.iterdir()) - {part}:
+        raise FileExistsError(
+            f"`output_dir` {str(folder)!r} holds other things than a training: choose a new folder, or empty it."
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.rename(path)
+
+
+def _said(recipe: dict[str, Any], name: str) -> str:
+    return repr(recipe[name]) if name in recipe else "the default"
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a folder aside, and renames it to `folder`: what stands there is complete."""
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    aside.rename(folder)
+
+
+def move_to_top(aside: Path, folder: Path) -> None:
+    """Moves everything in `aside` into `folder`, each file or folder at once, in place of what has its name."""
+    for path in sorted(aside.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    aside.rmdir()
+
+
+def last_complete_checkpoint(folder: Path, world_size: int = 1) -> Path | None:
+    """The Trainer's checkpoint of the most steps that a kill did not leave incomplete, if there is one."""
+    complete = [path for path in _checkpoints(folder) if is_complete(path, world_size)]
+    return max(complete, key=_steps, default=None)
+
+
+def is_complete(checkpoint: Path, world_size: int = 1) -> bool:
+    """
+    Whether a checkpoint was written to its end: the Trainer's first process writes `trainer_state.json` last, and the
+    others may still have been at their state of the random numbers.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or cut off
+        return False
+    ranks = range(world_size) if world_size > 1 else []
+    return state["global_step"] == _steps(checkpoint) and all(
+        zipfile.is_zipfile(checkpoint / f"rng_state_{rank}.pth") for rank in ranks
+    )
+
+
+def remove_incomplete_checkpoints(folder: Path, world_size: int = 1) -> None:
+    """Removes what a kill left of a checkpoint: the Trainer would write the next one on top of it."""
+    for path in _checkpoints(folder):
+        if not is_complete(path, world_size):
+            shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[1].isdecimal()]
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

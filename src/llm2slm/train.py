@@ -1,0 +1,248 @@
+"""Train LLM-to-SLM, or on the same data the SLM alone or the LLM alone.
+
+```bash
+llm2slm train --config training/recipes/simplify.yaml --output_dir runs/simplify
+llm2slm train --config training/recipes/simplify.yaml --output_dir runs/slm --arm slm --max-steps 500
+llm2slm train --llm google-t5/t5-large --slm google-t5/t5-small --data pairs.jsonl --validation_split none \
+    --learning_rate 1e-4 --output_dir runs/t5
+torchrun --nproc-per-node 2 --no-python llm2slm train --config recipe.yaml --output_dir runs/two  # DDP
+```
+
+The same command again resumes an interrupted training from its last complete checkpoint. The result is in
+`--output_dir`: the model of the lowest evaluation loss, its tokenizer, `run.json` and `loss.png`.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import disable_progress_bar
+
+from . import arms, report
+from .cli import main
+from .loading_llm2slm import resolve_revision, split_gguf
+from .optim import parameter_groups
+from .pairs import fingerprint
+from .run_folder import (
+    ELSEWHERE,
+    REPORT,
+    START,
+    last_complete_checkpoint,
+    move_to_top,
+    open_run_folder,
+    remove_incomplete_checkpoints,
+    write_folder,
+)
+from .train_options import TrainerOptions, TrainOptions, options_parser, recipe_of
+
+
+def make_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `llm2slm train`: its own, and all of the Trainer's."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    # What `parents=` of a new parser does.
+    parser._add_container_actions(options_parser())
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Trains, or goes on with an interrupted training.
+
+    Raises:
+        OSError: if data or a model is missing, the folder is another's, or the disk is too small.
+        ValueError: if options or data are not right.
+    """
+    values = vars(args)
+    if values["validation_split"] == "none":
+        values["eval_strategy"] = "no"
+    options: TrainOptions = _fill(TrainOptions, values)
+    training: TrainerOptions = _fill(TrainerOptions, values)
+    recipe = recipe_of(values)
+    folder = Path(training.output_dir)
+    disable_progress_bar()  # of reading and writing weights, one for each checkpoint; the training's own remains
+    try:
+        train(options, training, recipe, folder)
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from the last checkpoint in {folder}.", file=sys.stderr)
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _fill(options: type, values: dict[str, Any]) -> Any:
+    return options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.init})
+
+
+def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any], folder: Path) -> None:
+    r"""
+    Trains in a folder: a new one, or that of the same training, which is resumed.
+
+    Args:
+        options ([`TrainOptions`]): What is trained, and on which data.
+        training ([`TrainerOptions`]): How.
+        recipe (`dict[str, Any]`): What of both differs from the defaults, for the folder to be recognised by.
+        folder (`Path`): Where everything is kept.
+    """
+    with training.main_process_first(local=False):
+        open_run_folder(folder, recipe)
+        if (folder / REPORT).exists():
+            shutil.rmtree(folder / START, ignore_errors=True)
+            _say(training, f"This training is finished: its result is in {folder}.")
+            return
+        pairs = arms.load_splits(options)
+        if options.arm != "llm" and not (folder / START).exists():
+            set_seed(training.seed)
+            write_folder(folder / START, lambda path: arms.write_start(options, pairs, training.device, path))
+    model, tokenizer = arms.load_start(options, folder / START)
+    with training.main_process_first(local=False):
+        examples = arms.make_examples(options, pairs, model, tokenizer)
+        if options.arm == "llm2slm" and options.cache_features:
+            examples = arms.cache_features(options, examples, model)
+            model.llm = None
+        remove_incomplete_checkpoints(folder, training.world_size)
+    parameters = report.count_parameters(options.arm, model)
+    if options.lora_r is not None:
+        set_seed(training.seed)
+        model = arms.with_lora(options, model)
+    parameters["trained"] = report.count_trained(model)
+    _check_disk(folder, model, training)
+
+    trainer = Seq2SeqTrainer(
+        model,
+        training,
+        data_collator=arms.make_collator(options, tokenizer),
+        train_dataset=examples["train"],
+        eval_dataset=examples.get("validation"),
+        processing_class=tokenizer,
+        optimizers=(_make_optimizer(options, training, model), None),
+        callbacks=[report.Clock()],
+    )
+    checkpoint = last_complete_checkpoint(folder, training.world_size)
+    _say(
+        training,
+        f"Training {options.arm} on {len(examples['train']):,} pairs, {parameters['trained'] / 1e6:.1f}M parameters"
+        + (f", resuming from {checkpoint}." if checkpoint else "."),
+    )
+    if checkpoint is not None and _steps_left(checkpoint) == 0:
+        metrics = _load_trained(trainer, checkpoint)
+    else:
+        metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    finish(options, training, recipe, folder, trainer, examples, parameters, metrics)
+
+
+def _steps_left(checkpoint: Path) -> int:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.max_steps - state.global_step
+
+
+def _load_trained(trainer: Seq2SeqTrainer, checkpoint: Path) -> dict[str, float]:
+    """Takes up what was killed behind its last step: the Trainer would do another one, if that was within an epoch."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.best_global_step}")
+    trainer._load_from_checkpoint(str(best if trainer.args.load_best_model_at_end and best.is_dir() else checkpoint))
+    return {"epoch": trainer.state.epoch, "total_flos": trainer.state.total_flos}
+
+
+def finish(options, training, recipe, folder: Path, trainer, examples, parameters, metrics) -> None:
+    """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
+    trainer.save_metrics("train", metrics, combined=False)
+    trainer.save_state()
+    history, eval_loss = list(trainer.state.log_history), None
+    if "validation" in examples:
+        evaluation = trainer.evaluate()
+        trainer.save_metrics("eval", evaluation, combined=False)
+        eval_loss = evaluation["eval_loss"]
+    aside = folder / "result.part"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    merges = options.lora_r is not None and options.arm != "llm"
+    if merges:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.save_model(str(aside))
+    if not trainer.is_world_process_zero():
+        return
+    (aside / "training_args.bin").unlink()  # a pickle, which no one needs to load the model
+    move_to_top(aside, folder)
+
+    losses = [entry for entry in history if "loss" in entry]
+    report.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png")
+    content = {
+        "arm": options.arm,
+        "recipe": {name: value for name, value in recipe.items() if name not in ELSEWHERE},
+        "llm": _source(options.llm) if options.llm else None,
+        "slm": None if options.arm == "llm" else _slm_source(options),
+        "data": {
+            "source": options.data,
+            "fingerprint": fingerprint(examples["train"]),
+            "train_pairs": len(examples["train"]),
+            "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
+            "test_pairs": None,
+            "prompt_format": options.prompt_format,
+            "completion_format": options.completion_format,
+        },
+        "parameters": parameters,
+        "train": {
+            "seconds": history[-1]["seconds"],
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "final_loss": losses[-1]["loss"] if losses else None,
+            "eval_loss": eval_loss,
+            "peak_memory_gib": report.peak_memory_gib(),
+        },
+        "versions": report.versions(),
+        "machine": report.machine(),
+        "seed": training.seed,
+    }
+    report.write_json(folder / REPORT, content)
+    shutil.rmtree(folder / START, ignore_errors=True)
+    _say(training, f"Finished: {folder}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
+
+
+def _source(name: str) -> dict[str, Any]:
+    folder, gguf_file = split_gguf(name, None)
+    return {"name_or_path": name, "revision": resolve_revision(folder, gguf_file, {})}
+
+
+def _slm_source(options: TrainOptions) -> dict[str, Any]:
+    if options.slm == "fresh":
+        return {"name_or_path": "fresh", "revision": None}
+    if options.slm == "slice":
+        return _source(options.slice_of or options.llm) | {"layers": options.slm_layers}
+    return _source(options.slm)
+
+
+def _make_optimizer(options, training, model):
+    if options.arm != "llm2slm" or options.projector_learning_rate is None:
+        return None  # the Trainer makes its own
+    groups = parameter_groups(model, training.learning_rate, options.projector_learning_rate, training.weight_decay)
+    optimizer_class, arguments = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(training, model)
+    return optimizer_class(groups, **arguments)
+
+
+def _check_disk(folder: Path, model, training) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = sum(p.numel() * p.element_size() for p in trained)
+    checkpoint_bytes = saved + 2 * 4 * sum(p.numel() for p in trained)  # Adam's two moments
+    needed = ((training.save_total_limit or 1) + 1) * checkpoint_bytes + saved
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"The checkpoints of this training need {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB "
+            "free: make room, or choose a smaller `save_total_limit`."
+        )
+
+
+def _say(training: TrainerOptions, text: str) -> None:
+    if training.process_index == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

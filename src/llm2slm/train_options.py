@@ -1,0 +1,192 @@
+"""The options of `llm2slm train`: what is trained, on which data, and the Trainer's own."""
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainOptions:
+    r"""
+    What is trained, and on which data; each field is an option of `llm2slm train`, documented by its help.
+
+    Raises:
+        ValueError: if an option that the others need is missing, or two of them contradict each other.
+    """
+
+    _argument_group_name = "what is trained, and on which data"
+
+    arm: Literal["llm2slm", "slm", "llm"] = _option(
+        "llm2slm",
+        "llm2slm: projector and SLM, behind the frozen LLM; slm: the SLM alone; llm: the LLM alone, with LoRA",
+    )
+    data: str = _option("", "folder written by save_to_disk, .json, .jsonl, .csv or .parquet file, or name on the Hub")
+    train_split: str = _option("train", "split that is learned from")
+    validation_split: str = _option("validation", "split whose loss chooses the best checkpoint; none: no evaluation")
+    prompt_format: str | None = _option(
+        None, 'text of a prompt made of the columns, such as "{prompt}\\n"; the column `prompt` if omitted'
+    )
+    completion_format: str | None = _option(
+        None, "text of a response made of the columns; the column `completion` if omitted"
+    )
+    prompt_max_length: int = _option(512, "longest prompt, in tokens of the one who reads it")
+    response_max_length: int = _option(512, "longest response, in tokens of the one who writes it")
+    truncate: bool = _option(False, "cut longer ones instead of leaving them out")
+    max_train_pairs: int | None = _option(None, "learn from this many pairs, evenly spaced")
+    max_validation_pairs: int | None = _option(None, "evaluate on this many pairs, evenly spaced")
+
+    llm: str = _option("", "the LLM: name on the Hub, folder or .gguf file")
+    llm_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "number format the LLM is loaded in")
+    llm_layer: list[int] = field(
+        default_factory=lambda: [-1],
+        metadata={"help": "layers whose states are read, one or more: 0 is the first one's input, -1 the last"},
+    )
+    fusion: Literal["replace", "add"] = _option(
+        "replace", "replace: the SLM sees the projected states; add: its embeddings of the prompt plus these"
+    )
+    projector_type: Literal["mlp", "linear"] = _option("mlp", "mlp: linear, ReLU, linear")
+    projector_hidden_size: int | None = _option(None, "width inside the mlp; the SLM's if omitted")
+    projector_norm: Literal["layer_norm", "none"] = _option("layer_norm", "normalisation of the LLM's states")
+    start: Literal["random", "zero", "aligned", "states"] = _option(
+        "random",
+        "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); aligned: "
+        "projections are close to the SLM's embeddings of the same text; states: a slice of the layers above the one "
+        "read begins with its states as they are (these two with cached features)",
+    )
+
+    slm: str = _option(
+        "", "the SLM: name on the Hub or folder; fresh: a new small Llama; slice: chosen layers of --slice_of"
+    )
+    slm_tokenizer: Literal["own", "llm", "trimmed"] = _option(
+        "own", "own: the SLM's, trained on the text for a fresh one; llm: the LLM's; trimmed: the LLM's, of the text's"
+        " tokens"
+    )  # fmt: skip
+    vocab_size: int = _option(8192, "of the tokenizer that is trained for a fresh SLM")
+    hidden_size: int = _option(256, "width of a fresh SLM")
+    num_hidden_layers: int = _option(4, "depth of a fresh SLM")
+    slm_layers: list[int] | None = _option(None, "layers of a slice, from 0")
+    slice_of: str = _option("", "language model that is sliced; the LLM if omitted")
+
+    projector_learning_rate: float | None = _option(None, "the projector's; --learning_rate if omitted")
+    lora_r: int | None = _option(
+        None, "rank of LoRA on the SLM, or on the LLM of --arm llm (16 there if omitted); the whole SLM if omitted"
+    )
+    lora_alpha: int | None = _option(None, "scale of LoRA; twice the rank if omitted")
+    lora_dropout: float = _option(0.0, "dropout of LoRA")
+    cache_features: bool = _option(True, "run the LLM once for each prompt, before training, and keep its states")
+    features_dtype: Literal["auto", "float16", "bfloat16"] = _option(
+        "auto", "number format they are kept in; auto: bfloat16 for an LLM in bfloat16, else float16"
+    )
+    cache_dir: str = _option("", f"folder of these states (default: {os.path.join('HF_HOME', 'llm2slm')})")
+
+    def __post_init__(self):
+        self._require("data")
+        if self.arm != "slm":
+            self._require("llm", f" for the arm {self.arm!r}")
+        if self.arm != "llm":
+            self._require("slm", f" for the arm {self.arm!r}")
+            self._check_slm()
+        if self.arm == "llm2slm":
+            self._check_start()
+        for name in ("prompt_max_length", "response_max_length", "max_train_pairs", "max_validation_pairs", "lora_r"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.arm == "llm" and self.lora_r is None:
+            self.lora_r = 16
+        if self.lora_alpha is None and self.lora_r is not None:
+            self.lora_alpha = 2 * self.lora_r
+        if self.features_dtype == "auto":
+            self.features_dtype = "bfloat16" if self.llm_dtype == "bfloat16" else "float16"
+        if not self.cache_dir:
+            self.cache_dir = os.path.join(HF_HOME, "llm2slm")
+
+    def _require(self, name: str, why: str = ""):
+        if not getattr(self, name):
+            help = next(f.metadata["help"] for f in fields(self) if f.name == name)
+            raise ValueError(f"`{name}` is needed{why}: {help.split(';')[0]}.")
+
+    def _check_slm(self):
+        if self.slm == "slice":
+            self._require("slm_layers", " to slice")
+            if not self.slice_of:
+                self._require("llm", " to slice it, or `slice_of`")
+        elif self.slm_layers or self.slice_of:
+            raise ValueError(f"`slm_layers` and `slice_of` are for `slm: slice`, got slm {self.slm!r}.")
+        if self.slm_tokenizer != "own":
+            self._require("llm", f" for its tokenizer: `slm_tokenizer` is {self.slm_tokenizer!r}")
+            if self.slm == "slice" and self.slice_of not in ("", self.llm):
+                raise ValueError(
+                    f"A slice of {self.slice_of!r} has that model's tokenizer: `slm_tokenizer` must be 'own', got "
+                    f"{self.slm_tokenizer!r}."
+                )
+            if self.slm not in ("fresh", "slice"):
+                raise ValueError(
+                    f"The pretrained SLM {self.slm!r} has its own tokenizer: `slm_tokenizer` must be 'own', got "
+                    f"{self.slm_tokenizer!r}. Other tokens are for `slm: fresh` and `slm: slice`."
+                )
+
+    def _check_start(self):
+        if self.start == "zero" and self.fusion != "add":
+            raise ValueError("`start: zero` needs `fusion: add`: with 'replace' the SLM would see no prompt at all.")
+        if self.start in ("aligned", "states") and not self.cache_features:
+            raise ValueError(f"`start: {self.start}` learns from cached features: it needs `cache_features: true`.")
+
+
+@dataclass
+class TrainerOptions(Seq2SeqTrainingArguments):
+    """The Trainer's options, with other defaults: ten evaluations and checkpoints, of which the best is the result."""
+
+    _argument_group_name = "the Trainer's own (transformers.Seq2SeqTrainingArguments)"
+
+    output_dir: str = _option("", "new folder of this training, or that of an interrupted one, which is resumed")
+    eval_strategy: str = _option("steps", "when to evaluate: steps, epoch or no")
+    eval_steps: float | None = _option(0.1, "evaluate each so many steps; below 1 a share of all of them")
+    save_strategy: str | None = _option(None, "when to save a checkpoint; as --eval_strategy if omitted")
+    save_steps: float | None = _option(None, "save each so many steps; as --eval_steps if omitted")
+    save_total_limit: int | None = _option(2, "checkpoints kept, the best one among them")
+    load_best_model_at_end: bool = _option(True, "whether the result is the checkpoint of the lowest evaluation loss")
+    metric_for_best_model: str | None = _option("eval_loss", "what the best checkpoint is chosen by")
+    logging_steps: float = _option(0.02, "log the loss each so many steps; below 1 a share of all of them")
+    report_to: str = _option("none", "where else to report to: tensorboard, wandb, ...")
+    remove_unused_columns: bool = _option(False, "the collators choose the columns")
+    dataloader_pin_memory: bool = _option(True, "whether batches wait in pinned memory, where there is a GPU")
+    # Those that wait for the first process, which caches the features, would give up after half an hour.
+    ddp_timeout: int = _option(7 * 24 * 3600, "seconds that processes wait for each other")
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("`output_dir` is needed: the new folder of this training.")
+        self.output_dir = os.path.abspath(self.output_dir)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end, self.metric_for_best_model = False, None
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps
+        if self.save_strategy is None:
+            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        self.label_names = ["labels"]
+        super().__post_init__()
+
+
+def options_parser() -> HfArgumentParser:
+    """Reads both, with `-` or `_` in their names."""
+    return HfArgumentParser((TrainOptions, TrainerOptions), add_help=False)
+
+
+def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
+    """What of the parsed values differs from the defaults; no secrets."""
+    defaults = vars(options_parser().parse_args([]))
+    return {
+        name: values[name]
+        for name, default in defaults.items()
+        if values[name] != default and name not in ("hub_token", "push_to_hub_token")
+    }

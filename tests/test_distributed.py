@@ -1,0 +1,148 @@
+"""More than one process, on the CPU with gloo: DDP through the command, FSDP2 on the model itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from conftest import (
+    SLM_VOCAB,
+    build_llm,
+    build_llm_tokenizer,
+    build_model,
+    build_prompts,
+    padded,
+)
+from safetensors.torch import load_file, save_file
+
+from llm2slm import cli
+
+
+def run_two_processes(*arguments) -> str:
+    """Runs a Python command as two processes; returns what they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------- DDP
+@pytest.fixture
+def recipe(tmp_path):
+    build_llm("llama").save_pretrained(tmp_path / "llm")
+    build_llm_tokenizer().save_pretrained(tmp_path / "llm")
+    pairs = [{"prompt": f"w{i} w{i + 1} " * (1 + i % 3), "completion": "abc"[i % 3] * (1 + i % 5)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "data": str(tmp_path / "pairs.jsonl"),
+        "train_split": "train[:32]",
+        "validation_split": "train[32:]",
+        "llm": str(tmp_path / "llm"),
+        "slm": "fresh",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "max_steps": 12,
+        "eval_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def write_recipe(recipe, folder, **changes) -> str:
+    """The two trainings share no cache: each has to make its own."""
+    path = f"{folder}.yaml"
+    with open(path, "w") as file:
+        yaml.safe_dump({**recipe, **changes, "output_dir": str(folder), "cache_dir": f"{folder}-features"}, file)
+    return path
+
+
+def test_two_processes_train_as_one_with_their_batches_together(recipe, tmp_path):
+    path = write_recipe(recipe, tmp_path / "two", per_device_train_batch_size=4, ddp_backend="gloo")
+    output = run_two_processes("-m", "llm2slm.cli", "train", "--config", path)
+    assert output.count("Caching prompt features") == 2  # training and validation, by one process
+    assert output.count("Finished") == 1
+
+    path = write_recipe(recipe, tmp_path / "one", per_device_train_batch_size=8)
+    assert cli.main(["train", "--config", path]) is None
+    curves = {}
+    for name in ("one", "two"):
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        curves[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(curves["one"]) == 12 and curves["one"][-1] < curves["one"][0]
+    assert curves["two"] == pytest.approx(curves["one"], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------- FSDP2
+def small_model():
+    """A frozen LLM that is run, and an SLM; dropout-free."""
+    torch.manual_seed(0)
+    return build_model("llama", "llama", llm_layer=[1, -1])
+
+
+def train_steps(model, rows: slice, steps=3):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    model.train()
+    for step in range(steps):
+        batch = padded(build_prompts((5, 5, 5, 5), seed=step))
+        labels = torch.randint(4, SLM_VOCAB, (4, 6), generator=torch.Generator().manual_seed(step))
+        losses = [
+            model(**{name: value[part] for name, value in batch.items()}, labels=labels[part]).loss
+            for part in ([rows] if rows is not None else [slice(0, 2), slice(2, 4)])
+        ]
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fsdp_process(folder: str):
+    """What each of the two processes does."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    model = small_model()
+    for layer in [*model.llm.layers, *model.slm.model.layers]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.to_local().shape[0] <= (parameter.shape[0] + 1) // 2, name  # no one holds all of it
+    train_steps(model, slice(2 * rank, 2 * rank + 2))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if rank == 0:
+        save_file(
+            {name: weight.contiguous().clone() for name, weight in weights.items()}, f"{folder}/sharded.safetensors"
+        )
+    dist.destroy_process_group()
+
+
+def test_fsdp2_shards_llm_and_slm_and_trains_as_one_process(tmp_path):
+    run_two_processes(__file__, str(tmp_path))
+    sharded = load_file(tmp_path / "sharded.safetensors")
+    model, before = small_model(), small_model().state_dict()
+    train_steps(model, None)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-4)
+        assert torch.equal(weight, before[name]) == name.startswith("llm."), name
+
+
+if __name__ == "__main__":
+    fsdp_process(sys.argv[1])

@@ -1,0 +1,456 @@
+"""Lossless mode: the LLM's own greedy response, token for token, from fewer runs of the LLM."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import (
+    EOS,
+    LLM_VOCAB,
+    PAD,
+    POSITIONS,
+    SLM_HIDDEN,
+    SLM_KINDS,
+    SLM_VOCAB,
+    build_llm,
+    build_llm_tokenizer,
+    build_model,
+    build_prompts,
+    build_slm,
+    build_slm_tokenizer,
+    jitter,
+)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, LosslessOutput, drafting_llm2slm
+
+PROMPT = build_prompts((9,))[0][None]
+WRITING_LLMS = ["t5", "t5gemma", "bart", "llama", "gemma3", "gpt2"]
+COPIED_LLMS = ["t5", "bart", "llama", "gemma3", "gpt2"]
+# Tiny random models fall into repeating one token; forbidding pairs of tokens to come twice keeps them writing.
+VARIED = {"no_repeat_ngram_size": 2}
+
+
+def build_drafter(llm, slm, **config) -> LLM2SLMForConditionalGeneration:
+    """A model that drafts for `llm`, without an LLM of its own."""
+    config = {"shared_tokenizer": True, "llm_layer": [0, 1, -1], **config}
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, **config)
+    jitter(model.projector)
+    model.llm = None
+    return model
+
+
+def build_slm_of_the_llms_vocabulary(kind):
+    torch.manual_seed(4)
+    config = SLM_KINDS[kind](SLM_HIDDEN, LLM_VOCAB)
+    return jitter(type(build_slm(kind))(config)).eval()
+
+
+def as_slm(llm, noise=0.0) -> torch.nn.Module:
+    torch.manual_seed(5)
+    return jitter(copy.deepcopy(llm), noise)
+
+
+def build_copying_drafter(llm, noise=0.0) -> LLM2SLMForConditionalGeneration:
+    """The SLM is a copy of the LLM, the projector adds nothing: without noise it drafts what the LLM will write."""
+    model = build_drafter(llm, as_slm(llm, noise), fusion="add")
+    torch.nn.init.zeros_(model.projector.out.weight)
+    torch.nn.init.zeros_(model.projector.out.bias)
+    return model
+
+
+def endless(llm):
+    llm.generation_config.eos_token_id = None
+    return llm
+
+
+def greedy(llm, prompt=PROMPT, **kwargs) -> torch.Tensor:
+    """The LLM's own response."""
+    if llm.config.model_type == "t5gemma":
+        kwargs["use_cache"] = False  # in Transformers 4 its cached cross-attention sees the sliding window only
+    ids = llm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **kwargs)
+    return ids if llm.config.is_encoder_decoder else ids[:, prompt.shape[1] :]
+
+
+@pytest.fixture
+def llm():
+    return endless(build_llm("llama"))
+
+
+@pytest.fixture
+def noisy(llm):
+    """A drafter that is right about half of the time."""
+    return build_copying_drafter(llm, noise=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------- exactness
+@pytest.mark.parametrize("slm_kind", SLM_KINDS)
+@pytest.mark.parametrize("llm_kind", WRITING_LLMS)
+def test_response_is_the_llms_own_whatever_is_drafted(llm_kind, slm_kind):
+    llm = endless(build_llm(llm_kind))
+    model = build_drafter(llm, build_slm_of_the_llms_vocabulary(slm_kind))
+    output = model.generate_lossless(
+        PROMPT, llm=llm, max_new_tokens=16, max_draft_tokens=3, draft_confidence=0, **VARIED
+    )
+    assert isinstance(output, LosslessOutput)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=16, **VARIED).tolist()
+    assert output.draft_tokens > output.accepted_tokens
+
+
+@pytest.mark.parametrize("max_draft_tokens", [1, 4, 16])
+@pytest.mark.parametrize("kind", COPIED_LLMS)
+def test_partly_right_drafts_are_accepted_as_far_as_they_go(kind, max_draft_tokens):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm, noise={"t5": 0.1, "bart": 0.05}.get(kind, 0.1))
+    arguments = {"max_draft_tokens": max_draft_tokens, "draft_confidence": 0}
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **arguments, **VARIED)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
+    assert 0 < output.accepted_tokens < output.draft_tokens
+    assert output.acceptance_rate == output.accepted_tokens / output.draft_tokens
+
+
+@pytest.mark.parametrize("kind", COPIED_LLMS)
+def test_a_perfect_drafter_leaves_the_llm_one_run_for_each_draft(kind, count_calls):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm)
+    calls = count_calls(llm)
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=31, max_draft_tokens=4, draft_confidence=0)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=31).tolist()
+    assert output.acceptance_rate == 1.0
+    # Each run writes the draft and one more; a decoder-only LLM's first run has read the prompt, and writes one.
+    if llm.config.is_encoder_decoder:
+        assert output.llm_calls == 1 + math.ceil(31 / 5)
+    else:
+        assert output.llm_calls == 1 + math.ceil(30 / 5)
+        assert len(calls) - 31 == output.llm_calls
+    assert output.accepted_tokens == 31 - math.ceil(31 / 5)
+
+
+@pytest.mark.parametrize(("llm_kind", "slm_kind"), [(kind, None) for kind in COPIED_LLMS] + [("llama", "marian")])
+def test_drafts_are_what_the_model_itself_would_write_on(llm_kind, slm_kind, spied_drafts):
+    llm = endless(build_llm(llm_kind))
+    if slm_kind is None:
+        model = build_copying_drafter(llm, noise=0.05)
+    else:
+        model = build_drafter(llm, build_slm(slm_kind))
+    model.llm = model._prompt_part(llm)
+    states = model.encode_hidden_states(PROMPT)
+    model.llm = None
+    model.generate_lossless(PROMPT, llm=llm, max_new_tokens=20, max_draft_tokens=4, draft_confidence=0, **VARIED)
+    assert sum(len(draft) for _, draft in spied_drafts) > 20
+    for response, draft in spied_drafts:
+        if draft:
+            logits = model(
+                input_ids=PROMPT, prompt_hidden_states=states, labels=torch.tensor([response + draft])
+            ).logits
+            assert logits[0, len(response) :].argmax(dim=-1).tolist() == draft
+
+
+@pytest.fixture
+def spied_drafts(monkeypatch):
+    """The verified response and the draft of each round, while drafting goes on as ever."""
+    rounds, draft = [], drafting_llm2slm._Drafter.draft
+
+    def spy(drafter, response, *args):
+        rounds.append((response, draft(drafter, response, *args)))
+        return rounds[-1][1]
+
+    monkeypatch.setattr(drafting_llm2slm._Drafter, "draft", spy)
+    return rounds
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_padding_of_the_prompt_changes_nothing(kind, side):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm, noise=0.05)
+    expected = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=12, **VARIED)
+    left, right = {"left": (4, 0), "right": (0, 4), "both": (2, 3)}[side]
+    ids = torch.nn.functional.pad(PROMPT, (left, right), value=PAD)
+    mask = torch.nn.functional.pad(torch.ones_like(PROMPT), (left, right))
+    output = model.generate_lossless(input_ids=ids, attention_mask=mask, llm=llm, max_new_tokens=12, **VARIED)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=12, **VARIED).tolist()
+    assert (output.llm_calls, output.draft_tokens) == (expected.llm_calls, expected.draft_tokens)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_prompt_is_read_once(kind, count_calls):
+    llm = endless(build_llm(kind))
+    model = build_drafter(llm, build_slm("llama"))
+    lengths = []
+    reader = llm.get_encoder() if kind == "t5" else llm
+    reader.get_input_embeddings().register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    projected = count_calls(model.projector)
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, max_draft_tokens=3, draft_confidence=0)
+    assert sum(length >= PROMPT.shape[1] for length in lengths) == 1
+    assert len(projected) == 1
+    if kind == "llama":
+        assert sum(lengths) == PROMPT.shape[1] + (output.llm_calls - 1) + output.draft_tokens
+
+
+def test_states_of_the_prompt_are_those_the_model_was_trained_on():
+    llm = build_llm("llama")
+    for layers in ([1], [0, -1], [-1]):
+        model = build_drafter(llm, build_slm("llama"), llm_layer=layers)
+        seen = []
+        model.projector.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        model.generate_lossless(PROMPT, llm=llm, max_new_tokens=2)
+        model.llm = model._prompt_part(llm)
+        torch.testing.assert_close(seen[0], model.encode_hidden_states(PROMPT))
+
+
+def test_tokens_that_only_the_slm_has_are_not_drafted(llm):
+    model = build_drafter(llm, build_slm("bart"))
+    assert LLM_VOCAB < SLM_VOCAB
+    model.slm.final_logits_bias[0, LLM_VOCAB] = 1e4  # what it would always write
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, draft_confidence=0)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=10).tolist()
+    assert output.draft_tokens == 0
+
+
+# -------------------------------------------------------------------------------------------------- trimmed vocabulary
+def trimmed_slm(llm, token_ids):
+    """A copy of the LLM that knows only some of its tokens, in another order."""
+    config = copy.deepcopy(llm.config)
+    config.vocab_size = len(token_ids)
+    config.decoder_start_token_id = token_ids.index(PAD)
+    weights = {k: w[token_ids] if w.shape[0] == LLM_VOCAB else w for k, w in llm.state_dict().items()}
+    slm = type(llm)(config).eval()
+    slm.load_state_dict(weights)
+    return slm
+
+
+def build_trimmed_drafter(llm, lacking=()):
+    token_ids = [token for token in range(LLM_VOCAB - 1, -1, -1) if token not in lacking]
+    token_map = torch.full((LLM_VOCAB,), -1)
+    token_map[token_ids] = torch.arange(len(token_ids))
+    slm = trimmed_slm(llm, token_ids)
+    model = build_drafter(llm, slm, fusion="add", prompt_token_map=token_map)
+    torch.nn.init.zeros_(model.projector.out.weight)
+    torch.nn.init.zeros_(model.projector.out.bias)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_drafts_of_a_trimmed_vocabulary_are_the_llms_tokens(kind):
+    llm = endless(build_llm(kind))
+    expected = greedy(llm, max_new_tokens=25)
+    used = {*PROMPT[0].tolist(), *expected[0].tolist()}
+    model = build_trimmed_drafter(llm, lacking=[token for token in range(4, LLM_VOCAB) if token not in used][:5])
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=25, max_draft_tokens=4, draft_confidence=0)
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.acceptance_rate == 1.0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_tokens_that_a_trimmed_vocabulary_lacks_are_the_llms_to_write(kind, spied_drafts):
+    llm = endless(build_llm(kind))
+    expected = greedy(llm, max_new_tokens=25, **VARIED)
+    lacking = [token for token in dict.fromkeys(expected[0, 1:].tolist()) if token not in PROMPT and token != PAD][1:3]
+    model = build_trimmed_drafter(llm, lacking)
+    arguments = {"max_draft_tokens": 4, "draft_confidence": 0}
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=25, **arguments, **VARIED)
+    assert output.sequences.tolist() == expected.tolist()
+    assert not set(lacking) & {token for _, draft in spied_drafts for token in draft}
+    behind = [draft for response, draft in spied_drafts if set(lacking) & set(response)]
+    assert any(behind), "drafting goes on behind such a token"
+
+
+# ------------------------------------------------------------------------------------------------------ where it ends
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "t5"])
+def test_it_ends_with_the_end_token_wherever_that_falls_in_a_draft(kind, spied_drafts):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm)
+    written = greedy(llm, max_new_tokens=16)[0, 1:].tolist()
+    for end in (written[0], written[2], written[4], written[-1]):
+        spied_drafts.clear()
+        for ends in (end, [end, EOS]):
+            expected = greedy(llm, max_new_tokens=16, eos_token_id=ends)
+            arguments = {"eos_token_id": ends, "max_draft_tokens": 6, "draft_confidence": 0}
+            output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=16, **arguments)
+            assert output.sequences.tolist() == expected.tolist()
+        assert not any(end in draft[:-1] for _, draft in spied_drafts)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_it_is_as_long_as_asked_for(kind, max_new_tokens):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm)
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=max_new_tokens, max_draft_tokens=4)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=max_new_tokens).tolist()
+    assert output.sequences.shape[1] == max_new_tokens + (kind == "t5")
+
+
+def test_lengths_mean_the_response(llm, noisy):
+    assert noisy.generate_lossless(PROMPT, llm=llm, max_length=12).sequences.shape == (1, 12)
+    config = GenerationConfig(max_length=8, min_length=8, eos_token_id=greedy(llm, max_new_tokens=1).item())
+    assert noisy.generate_lossless(PROMPT, config, llm=llm).sequences.shape == (1, 8)
+
+
+class EndsAfter(StoppingCriteria):
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] == PROMPT.shape[1] + self.tokens])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6])
+def test_stopping_criteria_see_each_token(llm, tokens):
+    model = build_copying_drafter(llm)
+    criteria = StoppingCriteriaList([EndsAfter(tokens)])
+    arguments = {"max_draft_tokens": 8, "draft_confidence": 0}
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=20, stopping_criteria=criteria, **arguments)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=20)[:, :tokens].tolist()
+
+
+def test_stop_strings_are_the_llms_text(llm):
+    model = build_copying_drafter(llm)
+    llm_tokenizer = build_slm_tokenizer()  # the letters, since matching needs a vocabulary that spells any text
+    text = llm_tokenizer.decode(greedy(llm, max_new_tokens=12, **VARIED)[0])
+    arguments = {"stop_strings": [text[4:7]], "max_new_tokens": 12, **VARIED}
+    expected = greedy(llm, tokenizer=llm_tokenizer, **arguments)
+    assert expected.shape[1] < 12
+    for tokenizer in (llm_tokenizer, LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, build_llm_tokenizer())):
+        output = model.generate_lossless(PROMPT, llm=llm, tokenizer=tokenizer, **arguments)
+        assert output.sequences.tolist() == expected.tolist()
+
+
+class CountsTokens(LogitsProcessor):
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+def test_logits_processors_see_each_token_once(llm, noisy):
+    counter = CountsTokens()
+    noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, logits_processor=LogitsProcessorList([counter]))
+    assert counter.lengths == list(range(PROMPT.shape[1], PROMPT.shape[1] + 10))
+
+
+def test_it_goes_on_where_the_slms_positions_end(llm):
+    config = SLM_KINDS["gpt2"](SLM_HIDDEN, SLM_VOCAB)
+    config.n_positions = 20
+    model = build_drafter(llm, jitter(type(build_slm("gpt2"))(config)).eval())
+    output = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=40, draft_confidence=0)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=40).tolist()
+
+
+def test_drafts_never_pass_the_llms_positions():
+    llm = endless(build_llm("gpt2"))
+    length = POSITIONS - PROMPT.shape[1]
+    output = build_copying_drafter(llm).generate_lossless(PROMPT, llm=llm, max_new_tokens=length, draft_confidence=0)
+    assert output.sequences.tolist() == greedy(llm, max_new_tokens=length).tolist()
+
+
+def test_an_unsure_drafter_asks_the_llm_sooner(llm, noisy, spied_drafts):
+    longest = {}
+    for confidence in (0, 0.15, 1):
+        spied_drafts.clear()
+        arguments = {"max_new_tokens": 30, "draft_confidence": confidence, **VARIED}
+        output = noisy.generate_lossless(PROMPT, llm=llm, **arguments)
+        assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
+        longest[confidence] = max(len(draft) for _, draft in spied_drafts)
+    assert longest[1] == 1 < longest[0.15] < longest[0]
+
+
+# ------------------------------------------------------------------------------------------------- like `llm.generate`
+def test_what_the_llm_would_sample_by_default_is_written_greedily(llm, noisy):
+    expected = greedy(llm, max_new_tokens=10)
+    llm.generation_config.update(do_sample=True, num_beams=3)
+    assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10).sequences.tolist() == expected.tolist()
+
+
+class Collects:
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_streams_what_generate_streams(kind):
+    llm = endless(build_llm(kind))
+    model, expected, found = build_copying_drafter(llm, noise=0.05), Collects(), Collects()
+    greedy(llm, max_new_tokens=10, streamer=expected)
+    model.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, streamer=found)
+    assert found.tokens == expected.tokens
+    assert found.ended
+
+
+def test_leaves_both_models_as_they_were(llm, noisy):
+    before = llm.generation_config.to_dict()
+    expected = llm(PROMPT).logits
+    first = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10)
+    assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10).to_tuple()[1:] == first.to_tuple()[1:]
+    assert llm.generation_config.to_dict() == before
+    assert torch.equal(llm(PROMPT).logits, expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llm.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"do_sample": True}, "greedy response.*got do_sample=True"),
+        ({"generation_config": GenerationConfig(do_sample=True)}, "greedy response.*got do_sample=True"),
+        ({"num_beams": 4}, "greedy response.*got num_beams=4"),
+        ({"num_return_sequences": 2}, "greedy response.*got num_return_sequences=2"),
+        ({"output_scores": True}, "returns its ids and counts; got output_scores=True"),
+        ({"max_draft_tokens": 0}, "`max_draft_tokens` must be a positive integer, got 0"),
+        ({"draft_confidence": 1.5}, "`draft_confidence` must be from 0 to 1, got 1.5"),
+        ({"inputs": PROMPT.repeat(2, 1)}, "one prompt at a time, got a batch of 2"),
+        ({"inputs": PROMPT + 100}, "ids of the LLM's tokenizer, from 0 to 59"),
+        ({"attention_mask": torch.zeros_like(PROMPT)}, "has no token: its prompt is empty"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_refuses_what_would_not_be_exact(llm, noisy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        noisy.generate_lossless(**{"inputs": PROMPT, "llm": llm, "max_new_tokens": 4, **arguments})
+
+
+def test_refuses_arguments_it_does_not_know(llm, noisy):
+    with pytest.raises(TypeError, match=r"unexpected arguments: \['max_new_token', 'prompt_embeds'\]"):
+        noisy.generate_lossless(PROMPT, llm=llm, max_new_token=4, prompt_embeds=torch.zeros(1, 2, 24))
+
+
+def test_refuses_an_llm_that_cannot_write(llm, noisy):
+    for other in (llm.model, "a/name"):
+        with pytest.raises(ValueError, match=f"`llm` must be the LLM with its head.*got {type(other).__name__}"):
+            noisy.generate_lossless(PROMPT, llm=other)
+
+
+def test_refuses_another_llm(noisy):
+    with pytest.raises(ValueError, match="not the one this checkpoint was trained with: its model_type is 'gpt2'"):
+        noisy.generate_lossless(PROMPT, llm=build_llm("gpt2"))
+
+
+def test_refuses_different_tokenizers(llm):
+    model = build_model("llama", "llama")
+    with pytest.raises(
+        ValueError, match="the LLM's tokenizer or that trimmed: `config.shared_tokenizer` must be True"
+    ):
+        model.generate_lossless(PROMPT, llm=llm)
+
+
+def test_refuses_models_that_cannot_take_tokens_back(llm, noisy, monkeypatch):
+    for name, model in (("LLM", llm), ("SLM", noisy.slm)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_is_stateful", True, raising=False)
+            with pytest.raises(ValueError, match=rf"takes back rejected tokens, but the {name} \(llama\)"):
+                noisy.generate_lossless(PROMPT, llm=llm)
+
+
+def test_passed_as_assistant_model_it_names_the_lossless_mode(llm, noisy):
+    with pytest.raises(ValueError, match=r"call `model.generate_lossless\(..., llm=llm\)`"):
+        llm.generate(PROMPT, assistant_model=noisy, do_sample=False, max_new_tokens=4)

@@ -1,0 +1,404 @@
+"""`llm2slm train` end to end on tiny models: each arm, each way to an SLM, what the folder holds, bad input."""
+
+import json
+import random
+import signal
+
+import pytest
+import torch
+import yaml
+from conftest import (
+    LLM_HIDDEN,
+    LLM_KINDS,
+    SLM_VOCAB,
+    build_llm,
+    build_llm_tokenizer,
+    build_slm,
+    build_slm_tokenizer,
+    jitter,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An LLM with a tokenizer of words and one with a BPE, SLMs, and pairs whose response spells the prompt."""
+    folder = tmp_path_factory.mktemp("files")
+    build_llm("llama").save_pretrained(folder / "llm")
+    build_llm_tokenizer().save_pretrained(folder / "llm")
+    torch.manual_seed(0)
+    jitter(AutoModelForCausalLM.from_config(LLM_KINDS["llama"](LLM_HIDDEN, SLM_VOCAB))).save_pretrained(folder / "bpe")
+    build_slm_tokenizer().save_pretrained(folder / "bpe")
+    for kind in ("t5", "llama"):
+        build_slm(kind).save_pretrained(folder / kind)
+        build_slm_tokenizer().save_pretrained(folder / kind)
+    generator = random.Random(0)
+    with open(folder / "pairs.jsonl", "w") as file:
+        for _ in range(60):
+            numbers = [generator.randrange(54) for _ in range(generator.randrange(2, 8))]
+            pair = {
+                "prompt": " ".join(f"w{i}" for i in numbers),
+                "completion": " ".join("abc"[i % 3] for i in numbers),
+            }
+            file.write(json.dumps(pair) + "\n")
+    return folder
+
+
+@pytest.fixture
+def recipe(files, tmp_path):
+    """A recipe that takes a second."""
+    return {
+        "data": str(files / "pairs.jsonl"),
+        "train_split": "train[:48]",
+        "validation_split": "train[48:]",
+        "llm": str(files / "llm"),
+        "slm": "fresh",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "max_steps": STEPS,
+        "eval_steps": 4,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 6,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "cache_dir": str(tmp_path / "features"),
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+def train(recipe, **changes) -> int | None:
+    recipe = {name: value for name, value in {**recipe, **changes}.items() if value is not None}
+    path = f"{recipe['cache_dir']}.yaml"
+    with open(path, "w") as file:
+        yaml.safe_dump(recipe, file)
+    return cli.main(["train", "--config", path])
+
+
+def report(recipe) -> dict:
+    with open(recipe["output_dir"] + "/run.json") as file:
+        return json.load(file)
+
+
+def load(recipe):
+    return LLM2SLMForConditionalGeneration.from_pretrained(recipe["output_dir"])
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+def test_the_folder_holds_the_model_and_says_how_it_was_trained(recipe, tmp_path, capsys):
+    assert train(recipe, llm_layer=[0, -1], projector_type="linear") is None
+    model, tokenizer = load(recipe), LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
+    assert model.config.llm_layer == [0, -1] and model.projector.hidden is None
+    assert model.generate(**tokenizer(["w1 w2"], return_tensors="pt"), max_new_tokens=4).shape[1] <= 4
+
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "recipe.yaml", "loss.png", "model.safetensors", "tokenizer.json", "llm_tokenizer"} <= names
+    assert {"train_results.json", "eval_results.json", "trainer_state.json", f"checkpoint-{STEPS}"} <= names
+    assert not {name for name in names if name.endswith((".part", ".bin"))} and "start" not in names
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    run = report(recipe)
+    assert run["arm"] == "llm2slm" and run["seed"] == 42
+    left_out = ("output_dir", "cache_dir", "disable_tqdm")  # where and how it was shown, not what was trained
+    given = {**recipe, "llm_layer": [0, -1], "projector_type": "linear"}
+    assert run["recipe"] == {name: value for name, value in given.items() if name not in left_out}
+    assert run["llm"] == {"name_or_path": recipe["llm"], "revision": None}
+    assert (run["data"]["train_pairs"], run["data"]["validation_pairs"]) == (48, 12)
+    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("llm", "projector", "slm")}
+    assert run["parameters"] == {"trained": sizes["projector"] + sizes["slm"], **sizes}
+    assert run["train"]["steps"] == STEPS and run["train"]["seconds"] > 0 and run["train"]["peak_memory_gib"] > 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]  # it learned
+    assert run["train"]["eval_loss"] == pytest.approx(min(losses))
+    assert "Finished" in capsys.readouterr().out
+
+
+def test_a_finished_training_is_not_done_again(recipe, tmp_path, capsys):
+    train(recipe)
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    assert train(recipe) is None
+    assert "is finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_checkpoint_is_the_result(recipe, tmp_path):
+    # Reads one pair over and over: soon it knows nothing else.
+    train(recipe, train_split="train[:1]", learning_rate=0.1, save_total_limit=9, eval_steps=2)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert best < STEPS
+    best_model = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "run" / f"checkpoint-{best}")
+    for name, parameter in load(recipe).state_dict().items():
+        assert torch.equal(parameter, best_model.state_dict()[name])
+
+
+def test_without_validation_the_last_step_is_the_result(recipe, tmp_path):
+    train(recipe, validation_split="none", save_steps=6)
+    run = report(recipe)
+    assert run["train"]["eval_loss"] is None and run["data"]["validation_pairs"] == 0
+    last = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "run" / f"checkpoint-{STEPS}")
+    for name, parameter in load(recipe).state_dict().items():
+        assert torch.equal(parameter, last.state_dict()[name])
+
+
+# ----------------------------------------------------------------------------------------------------------- the arms
+def test_the_arms_learn_from_the_same_pairs(recipe, files, tmp_path):
+    runs = {}
+    for arm in ("llm2slm", "slm", "llm"):
+        arm_recipe = {**recipe, "arm": arm, "output_dir": str(tmp_path / arm)}
+        assert train(arm_recipe) is None
+        runs[arm] = report(arm_recipe)
+    assert len({run["data"]["fingerprint"] for run in runs.values()}) == 1
+    assert runs["slm"]["parameters"]["trained"] == runs["slm"]["parameters"]["slm"]
+    assert runs["llm"]["parameters"]["trained"] < runs["llm"]["parameters"]["llm"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "slm")
+    slm = AutoModelForCausalLM.from_pretrained(tmp_path / "slm")
+    assert eval_loss(slm, tokenizer, files) == pytest.approx(runs["slm"]["train"]["eval_loss"], rel=1e-4)
+
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(files / "llm")
+    before = eval_loss(base, build_llm_tokenizer(), files)
+    llm = PeftModel.from_pretrained(base, tmp_path / "llm").eval()
+    loss = eval_loss(llm, AutoTokenizer.from_pretrained(tmp_path / "llm"), files)
+    assert loss == pytest.approx(runs["llm"]["train"]["eval_loss"], rel=1e-4) and loss < before
+
+
+@torch.no_grad()
+def eval_loss(model, tokenizer, files) -> float:
+    """As the Trainer's evaluation has it: the mean over batches of eight of a response token's loss."""
+    two_sided = LLM2SLMTokenizer.from_tokenizers(tokenizer, tokenizer)
+    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()][48:]
+    losses = []
+    for batch in (pairs[:8], pairs[8:]):
+        rows = [two_sided(pair["prompt"], text_target=pair["completion"]) for pair in batch]
+        total = count = 0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"] + row["labels"]])
+            scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores = scores.gather(1, ids[0, 1:, None])[-len(row["labels"]) :]
+            total, count = total - scores.sum().item(), count + len(scores)
+        losses.append(total / count)
+    return sum(losses) / len(losses)
+
+
+def test_an_encoder_decoder_alone_reads_the_prompt_and_writes_the_response(recipe, files):
+    assert train(recipe, arm="slm", slm=str(files / "t5"), llm=None) is None
+    assert AutoModelForSeq2SeqLM.from_pretrained(recipe["output_dir"]).config.model_type == "t5"
+    assert report(recipe)["llm"] is None
+
+
+WAYS = {
+    "own": ({}, {}, {}),
+    "llm": ({"slm_tokenizer": "llm"}, {"shared_tokenizer": True}, {"vocab_size": 64}),
+    "trimmed": ({"slm_tokenizer": "trimmed"}, {"shared_tokenizer": True}, {}),
+    "slice": ({"slm": "slice", "slm_layers": [1]}, {"shared_tokenizer": True}, {"hidden_size": LLM_HIDDEN}),
+    "trimmed slice": (
+        {"slm": "slice", "slm_layers": [0, 1], "slm_tokenizer": "trimmed"},
+        {"shared_tokenizer": True},
+        {"hidden_size": LLM_HIDDEN},
+    ),
+    "slice of another": ({"slm": "slice", "slm_layers": [1], "slice_of": "llama"}, {}, {"vocab_size": 64}),
+    "pretrained": ({"slm": "t5"}, {}, {"model_type": "t5"}),
+    "pretrained, of one tokenizer": ({"slm": "llama"}, {"shared_tokenizer": True}, {"model_type": "llama"}),
+}
+
+
+@pytest.mark.parametrize("fusion", ["replace", "add"])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_an_slm(recipe, files, way, fusion):
+    changes, config, slm_config = WAYS[way]
+    changes = {name: str(files / value) if value in ("t5", "llama") else value for name, value in changes.items()}
+    llm = "bpe" if way not in ("pretrained", "slice of another") else "llm"
+    changes |= {"llm": str(files / llm), "fusion": fusion, "max_steps": 2, "eval_steps": 1}
+    assert train(recipe, **changes) is None
+    model = load(recipe)
+    assert model.config.fusion == fusion
+    assert model.config.shared_tokenizer == config.get("shared_tokenizer", False)
+    for name, value in slm_config.items():
+        assert getattr(model.config.slm_config, name) == value
+    trimmed = "trimmed" in way
+    assert (model.prompt_token_map is not None) == trimmed
+    if trimmed:
+        tokenizer = LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
+        ids = tokenizer("w1 w2")["input_ids"]
+        mapped = model.prompt_token_map[ids].tolist()
+        assert model.config.vocab_size < SLM_VOCAB and min(mapped) >= 0
+        assert tokenizer.decode(mapped) == tokenizer.llm_tokenizer.decode(ids)
+
+
+def test_lora_on_the_slm_is_merged_into_the_result(recipe, files):
+    assert train(recipe, slm=str(files / "llama"), lora_r=2) is None
+    before = AutoModelForCausalLM.from_pretrained(files / "llama").state_dict()
+    for name, weight in load(recipe).slm.state_dict().items():
+        rank = torch.linalg.matrix_rank(weight - before[name], atol=1e-5).item() if weight.ndim == 2 else 0
+        assert rank == (2 if "proj" in name else 0), name
+    run = report(recipe)
+    assert run["parameters"]["projector"] < run["parameters"]["trained"] < run["parameters"]["slm"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the start
+def test_a_start_at_zero_and_an_aligned_one(recipe, files):
+    still = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1, "llm": str(files / "bpe"), "slm": "slice"}
+    still |= {"slm_layers": [0]}
+    starts = {}
+    for start, fusion in (("random", "replace"), ("aligned", "replace"), ("zero", "add")):
+        output = f"{recipe['output_dir']}-{start}"
+        assert train({**recipe, **still}, start=start, fusion=fusion, output_dir=output) is None
+        starts[start] = load({"output_dir": output})
+    assert starts["zero"].projector.out.weight.abs().max() < 1e-9
+    ids = torch.arange(4, 60)[None]
+    embeddings = starts["random"].slm.get_input_embeddings()(ids)
+    errors = {
+        name: (starts[name].encode_prompt(ids).prompt_embeds - embeddings).square().mean()
+        for name in ("random", "aligned")
+    }
+    assert errors["aligned"] < 0.8 * errors["random"]
+
+
+def test_the_projector_has_a_learning_rate_of_its_own(recipe, files):
+    llama = str(files / "llama")
+    assert train(recipe, slm=llama, learning_rate=1e-9, projector_learning_rate=0.1) is None
+    model = load(recipe)
+    before = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    for name, weight in model.slm.state_dict().items():
+        torch.testing.assert_close(weight, before[name], atol=1e-6, rtol=0)
+    assert model.projector.out.bias.abs().max() > 0.01  # they start at zero
+
+
+# ------------------------------------------------------------------------------------------------------- the features
+def test_cached_features_train_as_the_live_llm_does(recipe):
+    losses = []
+    for cached in (True, False):
+        output = f"{recipe['output_dir']}-{cached}"
+        assert train(recipe, cache_features=cached, output_dir=output) is None
+        losses.append(report({"output_dir": output})["train"]["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_another_training_on_the_same_prompts_does_not_run_the_llm(recipe, monkeypatch):
+    train(recipe)
+
+    def fails(*args):
+        raise AssertionError("the LLM was run")
+
+    monkeypatch.setattr(LLM2SLMForConditionalGeneration, "encode_hidden_states", fails)
+    assert train(recipe, learning_rate=0.02, output_dir=recipe["output_dir"] + "-2") is None
+
+
+def test_an_interrupted_training_goes_on_without_the_llm_and_ends_as_if_it_had_not_been(recipe, monkeypatch, capsys):
+    assert train(recipe, output_dir=recipe["output_dir"] + "-whole", save_steps=4) is None
+    steps = []
+
+    def interrupted(trainer, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(trainer, *args, **kwargs)
+
+    training_step = Seq2SeqTrainer.training_step
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", interrupted)
+    assert train(recipe) == 130
+    assert "The same command goes on from the last checkpoint" in capsys.readouterr().err
+
+    def fails(*args, **kwargs):
+        raise AssertionError("the LLM was loaded")
+
+    monkeypatch.setattr(LLM2SLMForConditionalGeneration, "load_llm", fails)
+    assert train(recipe) is None
+    assert "resuming from" in capsys.readouterr().out
+    monkeypatch.undo()
+    whole = load({"output_dir": recipe["output_dir"] + "-whole"}).state_dict()
+    for name, parameter in load(recipe).state_dict().items():
+        assert torch.equal(parameter, whole[name])
+    assert len(steps) == 6 + 1 + STEPS - 4
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def assert_refused(capsys, recipe, *fragments, **changes):
+    capsys.readouterr()
+    assert train(recipe, **changes) == 2
+    captured = capsys.readouterr()
+    last = captured.err.rstrip("\n").split("\n")[-1]
+    assert "Traceback" not in captured.err and last.startswith("llm2slm train: error: ")
+    for fragment in fragments:
+        assert fragment in last
+
+
+@pytest.mark.parametrize(
+    "changes, fragments",
+    [
+        ({"data": None}, ["`data` is needed"]),
+        ({"output_dir": ""}, ["`output_dir` is needed"]),
+        ({"slm": None}, ["`slm` is needed for the arm 'llm2slm'"]),
+        ({"arm": "llm", "llm": None}, ["`llm` is needed for the arm 'llm'"]),
+        ({"slm": "slice"}, ["`slm_layers` is needed to slice"]),
+        ({"slm_layers": [1]}, ["are for `slm: slice`, got slm 'fresh'"]),
+        ({"slm": "llama", "slm_tokenizer": "trimmed"}, ["has its own tokenizer", "'own', got 'trimmed'"]),
+        ({"slm": "slice", "slm_layers": [7]}, ["each from 0 to 1", "got [7]"]),
+        ({"start": "zero"}, ["`start: zero` needs `fusion: add`"]),
+        ({"start": "aligned", "cache_features": False}, ["needs `cache_features: true`"]),
+        ({"start": "zero", "fusion": "add"}, ["A start at zero needs", "shared_tokenizer=True"]),
+        ({"llm_layer": [9]}, ["`llm_layer` must be an integer from -3 to 2"]),
+        ({"vocab_size": 100}, ["`vocab_size` must be at least 258"]),
+        ({"prompt_max_length": 0}, ["`prompt_max_length` must be at least 1, got 0"]),
+        ({"prompt_max_length": 2}, ["pairs are over the limits", "Raise the limits"]),
+        ({"data": "none.jsonl"}, ["There is no file 'none.jsonl'"]),
+        ({"prompt_format": "{text}"}, ["no column 'text' for the prompt, only ['prompt', 'completion']"]),
+        ({"train_split": "test"}, ["test"]),
+        ({"llm": "./none"}, ["./none"]),
+        ({"slm": "./none"}, ["./none"]),
+        ({"learning_rat": 1}, ["no option 'learning_rat'; the nearest is 'learning_rate'"]),
+        ({"eval_steps": 5, "save_steps": 7}, ["the saving steps to be a round multiple of the evaluation steps"]),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_is_trained(recipe, changes, fragments, capsys, monkeypatch):
+    monkeypatch.setattr(Seq2SeqTrainer, "train", lambda *args, **kwargs: pytest.fail("it was trained"))
+    assert_refused(capsys, recipe, *fragments, **changes)
+
+
+def test_a_prompt_beyond_the_positions_is_refused(recipe, tmp_path, capsys):
+    pairs = [{"prompt": "w1 " * 70, "completion": "a"}] * 3
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = {"data": str(tmp_path / "long.jsonl"), "train_split": "train", "validation_split": "none"}
+    assert_refused(capsys, recipe, "needs 71 positions, but the LLM (llama) has 64", **changes)
+    assert train(recipe, **changes, prompt_max_length=20, truncate=True, max_steps=1) == 2  # its folder is there
+    assert train(recipe, **changes, prompt_max_length=20, truncate=True, output_dir=str(tmp_path / "cut")) is None
+
+
+def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert_refused(capsys, recipe, "holds other things than a training")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    (tmp_path / "file").write_text("kept")
+    assert_refused(capsys, recipe, "is a file", output_dir=str(tmp_path / "file"))
+
+
+def test_a_folder_of_another_training_is_left_alone(recipe, tmp_path, capsys):
+    train(recipe)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert_refused(
+        capsys, recipe, "holds another training: its `learning_rate` is 0.01, here it is 0.02", learning_rate=0.02
+    )
+    assert_refused(capsys, recipe, "its `fusion` is the default, here it is 'add'", fusion="add")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_full_disk_is_told_before_the_first_step(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
+    assert_refused(capsys, recipe, "The checkpoints of this training need", "has 0.00 GiB free", cache_features=False)
+
+
+def test_secrets_are_not_written(recipe, tmp_path):
+    train(recipe, hub_token="hf_secret", max_steps=1, eval_steps=1)
+    for path in (tmp_path / "run").iterdir():
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes(), path.name
