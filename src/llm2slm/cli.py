@@ -33,6 +33,8 @@ COMMANDS = {
     "label": "let an LLM write the responses of a data set",
     "estimate": "predict what a pair of models would gain on this machine, without weights",
     "benchmark": "measure latency beside the SLM alone, the LLM and what else one might use",
+    "card": "write a model card of what a training and its evaluation recorded",
+    "push": "upload model, tokenizer, card and pictures to the Hub, in one commit",
 }
 
 

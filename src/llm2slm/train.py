@@ -45,9 +45,16 @@ from .train_options import TrainerOptions, TrainOptions, options_parser, recipe_
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `llm2slm train`: its own, and all of the Trainer's."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = _HelpFormatter
     # What `parents=` of a new parser does.
     parser._add_container_actions(options_parser())
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a default where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         values["eval_strategy"] = "no"
     options: TrainOptions = _fill(TrainOptions, values)
     training: TrainerOptions = _fill(TrainerOptions, values)
+    if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
+        raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
     recipe = recipe_of(values)
     folder = Path(training.output_dir)
     disable_progress_bar()  # of reading and writing weights, one for each checkpoint; the training's own remains

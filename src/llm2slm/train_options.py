@@ -85,7 +85,7 @@ class TrainOptions:
     features_dtype: Literal["auto", "float16", "bfloat16"] = _option(
         "auto", "number format they are kept in; auto: bfloat16 for an LLM in bfloat16, else float16"
     )
-    cache_dir: str = _option("", f"folder of these states (default: {os.path.join('HF_HOME', 'llm2slm')})")
+    cache_dir: str = _option("", "folder of these states; llm2slm in HF_HOME if omitted")
 
     def __post_init__(self):
         self._require("data")

@@ -1,0 +1,265 @@
+"""The sections of a model card, each made of what was recorded."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .comparison import METRICS, compare_reports, read_texts
+
+METHOD = "[LLM-to-SLM](https://arxiv.org/abs/2402.16844)"
+
+
+def summarize(trained: dict[str, Any], folder: Path, bases: dict[str, str]) -> str:
+    """What the model is."""
+    parameters = trained["parameters"]
+    if trained["arm"] == "llm":
+        return f"{link(bases['llm'])}, fine-tuned with LoRA ({count(parameters['trained'])} trained parameters)."
+    origin = "trained from scratch"
+    if "slm" in bases:
+        layers = trained["slm"].get("layers")
+        which = f"layers {', '.join(map(str, layers))} of " if layers else ""
+        origin = f"fine-tuned from {which}{link(bases['slm'])}"
+    slm = f"a small language model of {count(parameters['slm'])} parameters, {origin}"
+    if trained["arm"] == "slm":
+        return f"{slm[0].upper()}{slm[1:]}. It reads and writes by itself: the baseline of {METHOD}."
+    config = read_json(str(folder / "config.json"), "llm_layer", "fusion", "projector_type")
+    layers = config["llm_layer"] if isinstance(config["llm_layer"], list) else [config["llm_layer"]]
+    shared = "; prompt and response share the LLM's tokenizer" if config.get("shared_tokenizer") else ""
+    return (
+        f"A frozen LLM, {link(bases['llm'])}, reads the prompt once; {slm}, writes the response: {METHOD}.\n\n"
+        f"Between them is a projector (`{config['projector_type']}`, {count(parameters['projector'])} parameters). "
+        f"It reads the LLM's hidden states `{layers}` (0 is the input of the first layer, -1 the output of the last); "
+        f"fusion is `{config['fusion']}`{shared}."
+    )
+
+
+def describe_use(
+    args, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: dict | None, task: str
+) -> dict[str, str | None]:
+    """The snippet with an example of the evaluation, what it needs, and what it wrote then."""
+    prompt, example, generation = "Your text.", None, {"max_new_tokens": 128}
+    if own is not None:
+        texts = read_texts(reports[0], own["data"]["examples"])
+        short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()]
+        chosen = (short or texts)[0]
+        prompt, example = chosen["prompt"], "\n> ".join(chosen["response"].strip().splitlines())
+        names = ("max_new_tokens", "num_beams") if own["generation"]["num_beams"] > 1 else ("max_new_tokens",)
+        generation = {name: own["generation"][name] for name in names}
+    model = json.dumps(args.model_id or args.run)
+    given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
+    options = ", ".join(f"{name}={value}" for name, value in generation.items())
+    if trained["arm"] == "llm2slm":
+        where, snippet = use_pipeline(args, trained, folder, bases, model, given, options)
+    else:
+        where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
+    return {"where_the_llm_is": where, "snippet": snippet, "example": example}
+
+
+def use_pipeline(
+    args, trained: dict, folder: Path, bases: dict[str, str], model: str, given: str, options: str
+) -> tuple[str, str]:
+    """Where an LLM-to-SLM checkpoint's LLM is, and how the checkpoint is called."""
+    revision = f" at revision `{trained['llm']['revision']}`" if trained["llm"]["revision"] else ""
+    imports, find, place = ["from transformers import pipeline"], [], []
+    if read_json(str(folder / "config.json")).get("include_llm"):
+        where = "The LLM is part of this checkpoint."
+    elif args.llm_package:
+        imports = ["from importlib.util import find_spec", "", *imports]
+        find = [f'llm = find_spec("{args.llm_package}").submodule_search_locations[0]']
+        place = ['    model_kwargs={"llm_name_or_path": llm},']
+        where = (
+            f"The LLM is not part of this checkpoint. Here it comes from the Python package `{args.llm_package}`, a "
+            f"GGUF file, which needs `gguf`; without `model_kwargs` it is {link(bases['llm'])} from the Hub{revision}."
+        )
+    else:
+        where = (
+            f"The LLM is not part of this checkpoint: it is {link(bases['llm'])} from the Hub{revision}. If it is "
+            'elsewhere on a machine, say where: `model_kwargs={"llm_name_or_path": ...}`.'
+        )
+    call = [
+        "generate = pipeline(",
+        '    "text2text-generation",',
+        f"    model={model},",
+        "    trust_remote_code=True,",
+    ]
+    lines = [*imports, "", *find, *call, *place, ")", given]
+    lines.append(f'print(generate(prompt, {options}, do_sample=False)[0]["generated_text"])')
+    return where + "\n\n", "\n".join(lines)
+
+
+def use_auto_class(arm: str, task: str, model: str, given: str, options: str) -> str:
+    """How a language model or its adapter is called."""
+    is_causal = task == "text-generation"
+    auto_class = f"Auto{'Peft' if arm == 'llm' else ''}ModelFor{'CausalLM' if is_causal else 'Seq2SeqLM'}"
+    imports = [f"from transformers import {auto_class}, AutoTokenizer"]
+    if arm == "llm":
+        imports = [f"from peft import {auto_class}", "from transformers import AutoTokenizer"]
+    response = 'ids[0, inputs["input_ids"].shape[1] :]' if is_causal else "ids[0]"
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({model})",
+            f"model = {auto_class}.from_pretrained({model})",
+            given,
+            'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)',
+            f"ids = model.generate(**inputs, {options}, do_sample=False)",
+            f"print(tokenizer.decode({response}, skip_special_tokens=True))",
+        ]
+    )
+
+
+def describe_results(reports: list[str], own: dict | None) -> dict[str, Any]:
+    """The scores beside those of the other reports, how they were made, and the probe."""
+    if own is None:
+        return {"scores": None}
+    beams, probe = own["generation"]["num_beams"], own.get("shuffled_states")
+    decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
+    signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in own["scores"].items())
+    return {
+        "scores": compare_reports(reports),
+        "signatures": f"Signatures: {signatures}.",
+        "evaluation": own["data"],
+        "data_name": f"`{data_name(own['data']['source'])}`",
+        "generation": f"{decoding}, at most {own['generation']['max_new_tokens']} tokens, batches of "
+        f"{own['speed']['batch_size']} on {processor(own['machine'])}",
+        "probe": probe
+        and (
+            f"With the LLM's states of other prompts in place of its own, the loss per response token is "
+            f"{probe['shuffled_loss']:.3f} instead of {probe['loss']:.3f} ({probe['increase']:+.1%})."
+        ),
+    }
+
+
+def describe_speed(benchmark: dict[str, Any]) -> str:
+    """The benchmark's table."""
+    from .benchmark import to_markdown
+
+    try:
+        return to_markdown(benchmark).strip()
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"--benchmark is not a report of this version of llm2slm benchmark: {error!r}.") from error
+
+
+def describe_training(trained: dict[str, Any]) -> list[str]:
+    """Data, sizes, effort, losses and versions, a line each."""
+    data, train, machine = trained["data"], trained["train"], trained["machine"]
+    name = data_hub_name(data["source"])
+    source = f"[`{name}`](https://huggingface.co/datasets/{name})" if name else f"`{data_name(data['source'])}`"
+    formats = [
+        f"; a {side} is {as_code(data[f'{side}_format'])}"
+        for side in ("prompt", "completion")
+        if data[f"{side}_format"]
+    ]
+    sizes = [
+        f"{count(number)} {part}{' (frozen)' if part == 'llm' and trained['arm'] == 'llm2slm' else ''}"
+        for part, number in trained["parameters"].items()
+    ]
+    memory = f", peak memory {train['peak_memory_gib']:.1f} GiB" if train["peak_memory_gib"] else ""
+    losses = {"training, at the end": train["final_loss"], "validation": train["eval_loss"]}
+    said = [f"{loss:.3f} ({what})" for what, loss in losses.items() if loss is not None]
+    return [
+        f"Data: {source}, {data['train_pairs']:,} training and {data['validation_pairs']:,} validation pairs"
+        f"{''.join(formats)}. SHA-256 of the training texts: `{data['fingerprint']}`.",
+        f"Parameters: {', '.join(sizes)}.",
+        f"{train['steps']:,} optimizer steps ({train['epochs']:.2f} epochs) in {duration(train['seconds'])} on "
+        f"{processor(machine)}{memory}; "
+        f"seed {trained['seed']}.",
+        f"Cross-entropy in nats per response token: {', '.join(said) or 'not recorded'}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in trained['versions'].items())}.",
+    ]
+
+
+def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dict | None) -> list[str]:
+    """What follows from how it was made."""
+    from .train_options import TrainOptions
+
+    limits = {
+        name: trained["recipe"].get(name, vars(TrainOptions)[name])
+        for name in ("prompt_max_length", "response_max_length")
+    }
+    longer = "cut" if trained["recipe"].get("truncate") else "left out"
+    lines = [
+        f"It was trained on prompts of up to {limits['prompt_max_length']} tokens and responses of up to "
+        f"{limits['response_max_length']}; longer ones were {longer}.",
+        f"It was trained for one task, that of its data. {'Its scores are from the same data set; n' if own else 'N'}othing was "
+        "measured on other text, nor how its responses may mislead or harm.",
+    ]
+    if trained["data"]["prompt_format"]:
+        lines.append(f"It expects prompts in the form of its training, {as_code(trained['data']['prompt_format'])}.")
+    if trained["arm"] == "llm2slm" and not read_json(str(folder / "config.json")).get("include_llm"):
+        lines.append(f"It works with {link(bases['llm'])} only, whose weights are checked when it is loaded.")
+    return lines
+
+
+def describe_licence(trained: dict, bases: dict[str, str], licences: dict[str, str]) -> str:
+    """The checkpoint's, and the LLM's."""
+    text = f"This checkpoint: `{licences['checkpoint']}`."
+    if "llm" in licences:
+        text += f" The LLM, {link(bases['llm'])}, has its own: `{licences['llm']}`."
+    return text
+
+
+def link(name: str) -> str:
+    """A model on the Hub."""
+    return f"[`{name}`](https://huggingface.co/{name})"
+
+
+def processor(machine: dict[str, Any]) -> str:
+    """What something ran on."""
+    return machine["gpu"] or f"{machine['cpu']} ({machine['threads']} thread{'s' if machine['threads'] > 1 else ''})"
+
+
+def count(number: int) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def as_code(value: Any) -> str:
+    """A value in Markdown, in a table too."""
+    return f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
+
+
+def read_json(path: str, *wanted: str) -> dict[str, Any]:
+    """
+    A JSON object with some fields.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path!r}.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [name for name in wanted if name not in content]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a report: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not the report asked for: it lacks {', '.join(missing)}.")
+    return content
+
+
+def data_name(source: str) -> str:
+    """What a card calls a data set: its name on the Hub, or its file's or folder's."""
+    return data_hub_name(source) or Path(source).resolve().stem
+
+
+def data_hub_name(source: str) -> str | None:
+    """A data set's name on the Hub, without its configuration; `None` for a file or folder."""
+    from .pairs import FILE_TYPES
+
+    is_file = os.path.exists(source) or Path(source).suffix in FILE_TYPES or source.count("/") != 1
+    return None if is_file else source.partition(":")[0]
