@@ -265,6 +265,30 @@ def test_a_start_at_zero_and_an_aligned_one(recipe, files):
     assert errors["aligned"] < 0.8 * errors["random"]
 
 
+def test_a_slice_of_the_upper_layers_starts_at_the_llms_states(recipe, files):
+    llm = AutoModelForCausalLM.from_pretrained(files / "bpe")
+    depth = llm.config.num_hidden_layers
+    changes = {"llm": str(files / "bpe"), "slm": "slice", "slm_tokenizer": "trimmed", "slm_layers": [depth - 1]}
+    kind = {"projector_type": "linear", "projector_norm": "none", "llm_layer": depth - 1, "start": "states"}
+    assert train(recipe, **changes, **kind, max_steps=1, learning_rate=0.0) is None
+    model, tokenizer = load(recipe), LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
+    assert torch.equal(model.projector.out.weight, torch.eye(LLM_HIDDEN))
+    assert model.slm.config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id
+    assert len(tokenizer) == model.config.vocab_size < llm.config.vocab_size
+
+
+def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, capsys):
+    pairs = [{"prompt": f"w{i} w1", "completion": "a b" if i % 4 else " "} for i in range(12)]
+    path = tmp_path / "some_empty.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = {"data": str(path), "train_split": "train", "validation_split": "none", "max_steps": 2}
+    assert train(recipe, **changes) == 2
+    assert "empty" in capsys.readouterr().err
+    assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "second")) is None
+    assert "3 of 12 pairs have an empty side" in capsys.readouterr().out
+    assert report({**recipe, "output_dir": str(tmp_path / "second")})["data"]["train_pairs"] == 9
+
+
 def test_the_projector_has_a_learning_rate_of_its_own(recipe, files):
     llama = str(files / "llama")
     assert train(recipe, slm=llama, learning_rate=1e-9, projector_learning_rate=0.1) is None

@@ -30,11 +30,22 @@ def load_splits(options: TrainOptions) -> dict[str, Dataset]:
     """The pairs of `train` and, unless there is no evaluation, `validation`."""
     named = {"train": options.train_split, "validation": options.validation_split}
     limits = {"train": options.max_train_pairs, "validation": options.max_validation_pairs}
-    return {
+    splits = {
         name: load_pairs(options.data, split, options.prompt_format, options.completion_format, limits[name])
         for name, split in named.items()
         if split != "none"
     }
+    return {name: _without_empty(rows, name) for name, rows in splits.items()} if options.skip_empty else splits
+
+
+def _without_empty(rows: Dataset, split: str) -> Dataset:
+    def has_both(row: dict[str, Any]) -> bool:
+        return all(not isinstance(text, str) or text.strip() for text in (row["prompt"], row["completion"]))
+
+    kept = rows.filter(has_both, desc="Skipping empty pairs")
+    if len(kept) < len(rows):
+        print(f"{split}: {len(rows) - len(kept):,} of {len(rows):,} pairs have an empty side and are left out.")
+    return kept
 
 
 def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, tokenizer) -> dict[str, Dataset]:
@@ -186,6 +197,10 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
         slm = load_slm(source, dtype="float32")
         if options.slm == "slice":
             slm = slice_lm(slm, options.slm_layers or [], token_ids if options.slm_tokenizer == "trimmed" else None)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                # The labels end in the tokenizer's end token, whatever the source said (Transformers 4 misreads GGUF).
+                setattr(slm.config, name, getattr(tokenizer, name))
+                setattr(slm.generation_config, name, getattr(tokenizer, name))
     return slm, tokenizer, token_ids
 
 

@@ -27,7 +27,7 @@ def summarize(trained: dict[str, Any], folder: Path, bases: dict[str, str]) -> s
     layers = config["llm_layer"] if isinstance(config["llm_layer"], list) else [config["llm_layer"]]
     shared = "; prompt and response share the LLM's tokenizer" if config.get("shared_tokenizer") else ""
     return (
-        f"A frozen LLM, {link(bases['llm'])}, reads the prompt once; {slm}, writes the response: {METHOD}.\n\n"
+        f"A frozen LLM, {which_llm(folder, bases)}, reads the prompt once; {slm}, writes the response: {METHOD}.\n\n"
         f"Between them is a projector (`{config['projector_type']}`, {count(parameters['projector'])} parameters). "
         f"It reads the LLM's hidden states `{layers}` (0 is the input of the first layer, -1 the output of the last); "
         f"fusion is `{config['fusion']}`{shared}."
@@ -50,32 +50,37 @@ def describe_use(
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
     options = ", ".join(f"{name}={value}" for name, value in generation.items())
     if trained["arm"] == "llm2slm":
-        where, snippet = use_pipeline(args, trained, folder, bases, model, given, options)
+        where, snippet = use_pipeline(args, folder, bases, model, given, options)
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
     return {"where_the_llm_is": where, "snippet": snippet, "example": example}
 
 
-def use_pipeline(
-    args, trained: dict, folder: Path, bases: dict[str, str], model: str, given: str, options: str
-) -> tuple[str, str]:
+def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
     """Where an LLM-to-SLM checkpoint's LLM is, and how the checkpoint is called."""
-    revision = f" at revision `{trained['llm']['revision']}`" if trained["llm"]["revision"] else ""
+    config = read_json(str(folder / "config.json"))
     imports, find, place = ["from transformers import pipeline"], [], []
-    if read_json(str(folder / "config.json")).get("include_llm"):
+    elsewhere = 'say where it is: `model_kwargs={"llm_name_or_path": ...}`'
+    if config.get("include_llm"):
         where = "The LLM is part of this checkpoint."
     elif args.llm_package:
         imports = ["from importlib.util import find_spec", "", *imports]
         find = [f'llm = find_spec("{args.llm_package}").submodule_search_locations[0]']
         place = ['    model_kwargs={"llm_name_or_path": llm},']
         where = (
-            f"The LLM is not part of this checkpoint. Here it comes from the Python package `{args.llm_package}`, a "
-            f"GGUF file, which needs `gguf`; without `model_kwargs` it is {link(bases['llm'])} from the Hub{revision}."
+            f"The LLM is not part of this checkpoint. It comes from the Python package `{args.llm_package}`, as a "
+            f"GGUF file, which needs `gguf`; if it is elsewhere, {elsewhere}."
+        )
+    elif gguf_file := config.get("llm_gguf_file"):
+        where = (
+            f"The LLM is not part of this checkpoint: it is the GGUF file `{gguf_file}`, which needs `gguf`. If it is "
+            f"not found, {elsewhere}."
         )
     else:
+        revision = f" at revision `{config['llm_revision']}`" if config.get("llm_revision") else ""
         where = (
             f"The LLM is not part of this checkpoint: it is {link(bases['llm'])} from the Hub{revision}. If it is "
-            'elsewhere on a machine, say where: `model_kwargs={"llm_name_or_path": ...}`.'
+            f"elsewhere, {elsewhere}."
         )
     call = [
         "generate = pipeline(",
@@ -179,17 +184,19 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
         name: trained["recipe"].get(name, vars(TrainOptions)[name])
         for name in ("prompt_max_length", "response_max_length")
     }
+    measured = "Nothing was measured on other text" if own else "Nothing was measured for this card"
     longer = "cut" if trained["recipe"].get("truncate") else "left out"
     lines = [
         f"It was trained on prompts of up to {limits['prompt_max_length']} tokens and responses of up to "
         f"{limits['response_max_length']}; longer ones were {longer}.",
-        f"It was trained for one task, that of its data. {'Its scores are from the same data set; n' if own else 'N'}othing was "
-        "measured on other text, nor how its responses may mislead or harm.",
+        f"It was trained for one task, that of its data. {measured}, nor how its responses may mislead or harm.",
     ]
     if trained["data"]["prompt_format"]:
         lines.append(f"It expects prompts in the form of its training, {as_code(trained['data']['prompt_format'])}.")
-    if trained["arm"] == "llm2slm" and not read_json(str(folder / "config.json")).get("include_llm"):
-        lines.append(f"It works with {link(bases['llm'])} only, whose weights are checked when it is loaded.")
+    if trained["arm"] == "llm2slm":
+        lines.append(
+            f"It works with the LLM it was trained with, {which_llm(folder, bases)}, and no other version of it."
+        )
     return lines
 
 
@@ -199,6 +206,12 @@ def describe_licence(trained: dict, bases: dict[str, str], licences: dict[str, s
     if "llm" in licences:
         text += f" The LLM, {link(bases['llm'])}, has its own: `{licences['llm']}`."
     return text
+
+
+def which_llm(folder: Path, bases: dict[str, str]) -> str:
+    """The LLM and, if it is quantized in a GGUF file, which: other weights are refused when they are loaded."""
+    gguf_file = read_json(str(folder / "config.json")).get("llm_gguf_file")
+    return link(bases["llm"]) + (f" as `{gguf_file}`" if gguf_file else "")
 
 
 def link(name: str) -> str:

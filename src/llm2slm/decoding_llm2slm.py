@@ -270,20 +270,46 @@ def _logits(slm, inputs):
 
 
 class _ProductsAndSums(TorchFunctionMode):
-    """Linear layers of few rows on CPU for the compiler to make loops of, instead of calls of the matrix library."""
+    """On CPU: linear layers and attention of few rows as sums that the compiler makes one run of vector loops of."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not nn.functional.linear:
-            return func(*args, **(kwargs or {}))
-        return _linear(*args, **(kwargs or {}))
+        func = {nn.functional.linear: _linear, nn.functional.scaled_dot_product_attention: _attention}.get(func, func)
+        return func(*args, **(kwargs or {}))
 
 
 def _linear(x, weight, bias=None):
     rows = x.numel() // x.shape[-1]
     if rows > MAX_ROWS or x.device.type != "cpu" or x.dtype != weight.dtype:
         return nn.functional.linear(x, weight, bias)
-    exact = torch.promote_types(x.dtype, torch.float32)
+    exact = _exact(x.dtype)
     # Each weight is read once: (out_features, 1, in_features) * (rows, in_features)
-    y = (weight.to(exact)[:, None] * x.reshape(rows, -1).to(exact)).sum(dim=-1).t()  # (rows, out_features)
+    y = (weight.to(exact)[:, None] * _in_memory(x.reshape(rows, -1)).to(exact)).sum(dim=-1).t()  # (rows, out_features)
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    batch_size, heads, length, width = query.shape
+    if batch_size * length > MAX_ROWS or length > 1 or query.device.type != "cpu" or dropout_p or is_causal:
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    exact = _exact(query.dtype)
+    if enable_gqa:
+        key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    scores = (_in_memory(query).to(exact) * key.to(exact)).sum(dim=-1)  # (batch_size, heads, key_length)
+    scores = scores * (width**-0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask[:, :, 0], -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask[:, :, 0]
+    weights = _in_memory(scores.softmax(dim=-1))
+    return (weights[..., None] * value.to(exact)).sum(dim=2, keepdim=True).to(query.dtype)
+
+
+def _exact(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _in_memory(x):
+    """The compiler would otherwise compute `x` anew for each output that it goes into."""
+    return torch.as_strided(x.contiguous(), x.shape, x.contiguous().stride())

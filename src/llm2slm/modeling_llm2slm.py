@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
+from .decoding_llm2slm import generate_fast
 from .drafting_llm2slm import LosslessGenerationMixin
 from .loading_llm2slm import (
     fingerprint,
@@ -622,6 +623,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         attention_mask: torch.Tensor | None = None,
         prompt_hidden_states: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        fast: bool = False,
         **kwargs,
     ):
         r"""
@@ -635,6 +637,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 The prompt, as in `encode_prompt`.
             prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
                 An encoded prompt, from `encode_prompt`: many calls, one encode.
+            fast (`bool`, *optional*, defaults to `False`):
+                Greedy search and sampling with a compiled step of the SLM: the same tokens in a fraction of the time.
+                The first call compiles for about half a minute (some seconds where the compiler's cache on disk
+                serves), and again when the batch grows from one row to a few or to many. It needs what
+                `torch.compile` needs (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a
+                note.
 
         Returns:
             The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`.
@@ -673,6 +681,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             length = _longest(mask) + (generation_config.max_new_tokens or 0)
             self._check_positions("SLM", self.config.slm_config.get_text_config(), length, _PROMPT_AND_RESPONSE)
         # 4. Decode: the SLM alone.
+        if fast:
+            return generate_fast(self.slm, embeds, mask, generation_config, **model_kwargs)
         return self.slm.generate(
             inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
         )

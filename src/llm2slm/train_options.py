@@ -40,6 +40,7 @@ class TrainOptions:
     prompt_max_length: int = _option(512, "longest prompt, in tokens of the one who reads it")
     response_max_length: int = _option(512, "longest response, in tokens of the one who writes it")
     truncate: bool = _option(False, "cut longer ones instead of leaving them out")
+    skip_empty: bool = _option(False, "leave out pairs with an empty side instead of stopping at the first")
     max_train_pairs: int | None = _option(None, "learn from this many pairs, evenly spaced")
     max_validation_pairs: int | None = _option(None, "evaluate on this many pairs, evenly spaced")
 

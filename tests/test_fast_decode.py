@@ -1,0 +1,217 @@
+"""`generate(fast=True)` writes what `generate` writes. Most tests trace the step without generating code for it."""
+
+import logging
+
+import pytest
+import torch
+from conftest import EOS, PAD, SLM_HIDDEN, SLM_KINDS, build_model, build_prompts, padded
+from torch._dynamo.utils import counters
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+from llm2slm import decoding_llm2slm
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """A quick backend, and notes that are logged again in each test."""
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", "eager")
+    decoding_llm2slm.logger.warning_once.__func__.cache_clear()
+
+
+@pytest.fixture
+def notes(caplog):
+    caplog.set_level(logging.WARNING, logger=decoding_llm2slm.logger.name)
+    return lambda: [record.getMessage() for record in caplog.records if "fast=True" in record.getMessage()]
+
+
+def both(model, inputs, seed=0, **kwargs):
+    """Ids of the plain path and of the fast one."""
+    torch.manual_seed(seed)
+    plain = model.generate(**inputs, **kwargs)
+    torch.manual_seed(seed)
+    return plain, model.generate(**inputs, fast=True, **kwargs)
+
+
+def compiled_and_used(model):
+    compiled = decoding_llm2slm._compiled.get(model.slm)
+    return compiled is not None and not compiled.failed
+
+
+# The penalty keeps random models from writing one token over and over.
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 3.0}
+
+
+def end_early(model, inputs):
+    """Makes a token that ends the first row's response before its longest time."""
+    ids = model.generate(**inputs, **GREEDY, eos_token_id=None)[0].tolist()
+    model.generation_config.eos_token_id = ids[6]
+
+
+@pytest.mark.parametrize("kind", SLM_KINDS)
+def test_greedy_tokens_equal_the_plain_path(kind, notes, count_calls):
+    model = build_model("llama", kind)
+    prompts = build_prompts()
+    end_early(model, padded(prompts))
+    llm_calls = count_calls(model.llm)
+    for side in ("left", "right"):
+        plain, fast = both(model, padded(prompts, side), **GREEDY)
+        assert torch.equal(plain, fast)
+    assert len(set(map(tuple, plain.tolist()))) == 3 and PAD in plain[:, 1:]
+    assert len(llm_calls) == 4
+    assert compiled_and_used(model) and not notes()
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_the_step_that_inductor_compiles_writes_the_same_tokens(kind, notes, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", "inductor")
+    model = build_model("llama", kind)
+    inputs = padded(build_prompts((7,)))
+    plain, fast = both(model, inputs, do_sample=False, max_new_tokens=20, eos_token_id=None)
+    assert torch.equal(plain, fast)
+    plain, fast = both(model, inputs, do_sample=True, max_new_tokens=20, eos_token_id=None)
+    assert torch.equal(plain, fast)
+    assert compiled_and_used(model) and not notes()
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_sampling_with_one_seed_gives_the_same_tokens(kind):
+    model = build_model("llama", kind)
+    options = {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2, "max_new_tokens": 12}
+    plain, fast = both(model, padded(build_prompts()), **options)
+    other, _ = both(model, padded(build_prompts()), seed=1, **options)
+    assert torch.equal(plain, fast) and not torch.equal(plain, other)
+    assert compiled_and_used(model)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "gemma3"])
+def test_a_response_outgrows_its_cache(kind, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
+    model = build_model("llama", kind)
+    plain, fast = both(model, padded(build_prompts((5, 9))), do_sample=False, max_new_tokens=40, eos_token_id=None)
+    assert torch.equal(plain, fast)
+    cache = decoding_llm2slm._compiled[model.slm].idle_cache
+    assert getattr(cache, "self_attention_cache", cache).layers[0].max_cache_len > 40
+    assert compiled_and_used(model)
+
+
+def test_a_prompt_of_exactly_a_block_and_a_response_of_one_token(monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BLOCK", 4)
+    model = build_model("llama", "llama")
+    for length in (1, 3, 4, 5):
+        for max_new_tokens in (1, 2):
+            inputs = padded(build_prompts((length,)))
+            plain, fast = both(model, inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None)
+            assert torch.equal(plain, fast) and fast.shape == (1, max_new_tokens)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_calls_of_other_lengths_compile_nothing_and_see_nothing_of_earlier_ones(kind):
+    model = build_model("llama", kind)
+    both(model, padded(build_prompts((20, 11))), do_sample=False, max_new_tokens=20, eos_token_id=None)
+    graphs = counters["stats"]["unique_graphs"]
+    for lengths, max_new_tokens in (((4, 7), 9), ((30, 3), 25)):
+        inputs = padded(build_prompts(lengths, seed=max_new_tokens))
+        plain, fast = both(model, inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None)
+        assert torch.equal(plain, fast)
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+
+
+def test_new_weights_are_used_by_the_compiled_step():
+    model = build_model("llama", "llama")
+    inputs = padded(build_prompts((6,)))
+    before, _ = both(model, inputs, do_sample=False, max_new_tokens=12)
+    with torch.no_grad():
+        for parameter in model.slm.parameters():
+            parameter.mul_(-1)
+    plain, fast = both(model, inputs, do_sample=False, max_new_tokens=12)
+    assert torch.equal(plain, fast) and not torch.equal(plain, before)
+
+
+def test_inference_mode_and_back():
+    model = build_model("llama", "llama")
+    inputs = padded(build_prompts((6,)))
+    plain, _ = both(model, inputs, do_sample=False, max_new_tokens=8)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=8, fast=True), plain)
+    assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=8, fast=True), plain)
+    assert compiled_and_used(model)
+
+
+def test_bfloat16():
+    model = build_model("llama", "llama").to(torch.bfloat16)
+    plain, fast = both(model, padded(build_prompts((6,))), do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(plain, fast) and compiled_and_used(model)
+
+
+class Recorder:
+    def __init__(self):
+        self.puts, self.ended = [], 0
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+class RowsOfTokens(StoppingCriteria):
+    """Ends a row behind an odd token."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 2 == 1
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_streamers_processors_and_stopping_criteria_are_heard(kind):
+    model = build_model("llama", kind)
+    inputs = padded(build_prompts((6,)))
+    recorders = [Recorder(), Recorder()]
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 3, "repetition_penalty": 1.5}
+    for recorder, fast in zip(recorders, (False, True), strict=True):
+        model.generate(**inputs, streamer=recorder, fast=fast, **options)
+    assert recorders[0].puts == recorders[1].puts and recorders[1].ended == 1
+    options["stopping_criteria"] = StoppingCriteriaList([RowsOfTokens()])
+    plain, fast = both(model, padded(build_prompts((6, 3, 8, 5))), **options)
+    assert torch.equal(plain, fast)
+    assert compiled_and_used(model)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"num_beams": 3}, "beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beam sample"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "return_dict_in_generate"),
+    ],
+)
+def test_what_it_cannot_do_is_decoded_in_the_plain_way_with_a_note(options, reason, notes):
+    model = build_model("llama", "llama")
+    plain, fast = both(model, padded(build_prompts()), max_new_tokens=6, **options)
+    if "return_dict_in_generate" in options:
+        assert fast.keys() == plain.keys()
+        plain, fast = plain.sequences, fast.sequences
+    assert torch.equal(plain, fast)
+    assert len(notes()) == 1 and reason in notes()[0]
+    assert model.slm not in decoding_llm2slm._compiled
+
+
+def test_a_step_that_does_not_compile_is_run_as_it_is(notes, monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("there is no compiler here")
+
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", no_compiler)
+    model = build_model("llama", "llama")
+    for _ in range(2):
+        plain, fast = both(model, padded(build_prompts()), do_sample=False, max_new_tokens=8, eos_token_id=None)
+        assert torch.equal(plain, fast)
+    assert len(notes()) == 2 and "there is no compiler here" in notes()[0]
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_of_the_compiler():
+    model = build_model("llama", "llama")
+    inputs = {"prompt_embeds": torch.randn(1, 4, SLM_HIDDEN)}
+    model.slm.lm_head.weight = torch.nn.Parameter(torch.randn(EOS + 3, SLM_HIDDEN + 1))
+    with pytest.raises(RuntimeError, match="shape"):
+        model.generate(**inputs, fast=True, max_new_tokens=4)
