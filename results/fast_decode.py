@@ -2,15 +2,16 @@
 Fast decode beside the plain path, and beside what else was tried: milliseconds per token of one SLM.
 
     python results/fast_decode.py --output results/fast_decode.json
-    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python results/fast_decode.py --systems fast   # first_call_s: cold compilation
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python results/fast_decode.py --systems fast  # first_call_s: nothing cached
 
-All systems write the same tokens in one process and take turns; ratios are taken within a repeat. `bytes` is the time in
-which memory gives as many bytes as the SLM's weights have, `linear` that of the SLM's matrix products alone through
-`torch.nn.functional.linear`: no way to call it from Python can be faster than that.
+All systems write the same tokens in one process and take turns; ratios are taken within a repeat. `bytes` is the time
+in which memory gives as many bytes as the SLM's weights have, `linear` that of the SLM's matrix products alone through
+`torch.nn.functional.linear`: no way of calling that can be faster.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import statistics
@@ -102,12 +103,8 @@ def measure(arguments, dtype, batch_size):
         for name, generate in list(systems.items())[:: 1 if repeat % 2 == 0 else -1]:
             clock = Clock(now)
             generate(clock)
-            steps = [
-                b - a
-                for a, b in zip(
-                    clock.times[-arguments.response_length :], clock.times[1 - arguments.response_length :]
-                )
-            ]
+            put = clock.times[-arguments.response_length :]
+            steps = [after - before for before, after in itertools.pairwise(put)]
             times[name].append(1000 * typical(steps))
     reference = tokens[arguments.systems[0]]
     return {

@@ -74,7 +74,7 @@ def recorded(path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------- what the card says
+# -------------------------------------------------------------------------------------------------- what the card says
 def test_metadata_is_what_the_hub_reads(files, run):
     written = card(
         run, "--slm-name", "tester/t5", "--license", "mit", "--language", "en", "--report", files / "llm2slm.json"
@@ -148,7 +148,7 @@ def test_the_baselines_have_cards_too(files, tmp_path, arm):
         assert f"[`{LLM}`](https://huggingface.co/{LLM}), fine-tuned with LoRA" in written.text
 
 
-# ------------------------------------------------------------------------------------------------------------ the snippet
+# --------------------------------------------------------------------------------------------------------- the snippet
 @pytest.mark.parametrize("arm", ["llm2slm", "slm", "llm"])
 def test_the_snippet_runs_as_printed_and_writes_what_the_card_says(files, tmp_path, arm):
     shutil.copytree(files / f"run-{arm}", tmp_path / f"run-{arm}")
@@ -172,7 +172,7 @@ def test_the_snippet_loads_the_llm_from_a_package(files, run, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-# ------------------------------------------------------------------------------------------------------------- licences
+# ------------------------------------------------------------------------------------------------------------ licences
 def test_a_licence_is_that_of_the_models_own_card_or_gguf_file(tmp_path, offline):
     assert read_licence(str(tmp_path), "tester/nowhere") is None
     writer = GGUFWriter(tmp_path / "model.gguf", "llama")
@@ -187,7 +187,6 @@ def test_a_licence_is_that_of_the_models_own_card_or_gguf_file(tmp_path, offline
 
 
 def test_base_models_of_two_licences_need_the_checkpoints_own(files, run, capsys, offline):
-    (run / "license.md").write_text("")
     trained = recorded(run / "run.json")
     slm = run.parent / "t5"
     slm.mkdir()
@@ -198,7 +197,7 @@ def test_base_models_of_two_licences_need_the_checkpoints_own(files, run, capsys
     assert "that of 'tester/llm' is apache-2.0, that of 'tester/t5' is mit" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 def assert_error(capsys, message: str, *options):
     assert command("card", *options) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -127,6 +127,19 @@ def test_new_weights_are_used_by_the_compiled_step():
     assert torch.equal(plain, fast) and not torch.equal(plain, before)
 
 
+def test_a_module_changed_between_two_calls_is_seen():
+    model = build_model("llama", "llama")
+    inputs = padded(build_prompts((6,)))
+    before, _ = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    handle = model.slm.model.norm.register_forward_hook(lambda module, arguments, output: output.flip(-1))
+    plain, fast = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(plain, fast) and not torch.equal(plain, before)
+    handle.remove()
+    assert torch.equal(
+        model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None, fast=True), before
+    )
+
+
 def test_inference_mode_and_back():
     model = build_model("llama", "llama")
     inputs = padded(build_prompts((6,)))
@@ -197,16 +210,35 @@ def test_what_it_cannot_do_is_decoded_in_the_plain_way_with_a_note(options, reas
     assert model.slm not in decoding_llm2slm._compiled
 
 
-def test_a_step_that_does_not_compile_is_run_as_it_is(notes, monkeypatch):
-    def no_compiler(graph, inputs):
-        raise RuntimeError("there is no compiler here")
+def no_compiler(graph, inputs):
+    raise RuntimeError("there is no compiler here")
 
-    monkeypatch.setattr(decoding_llm2slm, "BACKEND", no_compiler)
-    model = build_model("llama", "llama")
+
+def half_way(graph, inputs):
+    def run(*arguments):
+        graph(*arguments)
+        raise RuntimeError("it does not run")
+
+    return run
+
+
+@pytest.mark.parametrize("backend, reason", [(no_compiler, "no compiler here"), (half_way, "it does not run")])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_step_that_does_not_compile_or_run_is_run_as_it_is(kind, backend, reason, notes, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", backend)
+    model = build_model("llama", kind)
     for _ in range(2):
         plain, fast = both(model, padded(build_prompts()), do_sample=False, max_new_tokens=8, eos_token_id=None)
         assert torch.equal(plain, fast)
-    assert len(notes()) == 2 and "there is no compiler here" in notes()[0]
+    assert len(notes()) == 2 and reason in notes()[0]
+
+
+def test_torch_compile_may_be_switched_off(notes):
+    model = build_model("llama", "llama")
+    with torch.compiler.set_stance("force_eager"):
+        plain, fast = both(model, padded(build_prompts()), do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(plain, fast)
+    assert len(notes()) == 1 and "switched off" in notes()[0]
 
 
 def test_an_error_of_the_model_is_not_taken_for_one_of_the_compiler():

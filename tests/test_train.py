@@ -195,6 +195,20 @@ def test_an_encoder_decoder_alone_reads_the_prompt_and_writes_the_response(recip
     assert report(recipe)["llm"] is None
 
 
+@pytest.mark.parametrize("arm", ["llm2slm", "slm", "llm"])
+def test_chats_go_through_the_llms_template(recipe, files, tmp_path, arm):
+    with open(tmp_path / "chats.jsonl", "w") as file:
+        for line in (files / "pairs.jsonl").read_text().splitlines():
+            roles = {"prompt": "user", "completion": "assistant"}
+            chat = {name: [{"role": roles[name], "content": text}] for name, text in json.loads(line).items()}
+            file.write(json.dumps(chat) + "\n")
+    assert train(recipe, arm=arm, data=str(tmp_path / "chats.jsonl"), max_steps=1) is None
+    tokenizer = LLM2SLMTokenizer if arm == "llm2slm" else AutoTokenizer
+    chat = [{"role": "user", "content": "w1"}]
+    text = tokenizer.from_pretrained(recipe["output_dir"]).apply_chat_template(chat, tokenize=False)
+    assert text == "user w1 "
+
+
 WAYS = {
     "own": ({}, {}, {}),
     "llm": ({"slm_tokenizer": "llm"}, {"shared_tokenizer": True}, {"vocab_size": 64}),
@@ -395,8 +409,9 @@ def test_a_prompt_beyond_the_positions_is_refused(recipe, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     changes = {"data": str(tmp_path / "long.jsonl"), "train_split": "train", "validation_split": "none"}
     assert_refused(capsys, recipe, "needs 71 positions, but the LLM (llama) has 64", **changes)
-    assert train(recipe, **changes, prompt_max_length=20, truncate=True, max_steps=1) == 2  # its folder is there
-    assert train(recipe, **changes, prompt_max_length=20, truncate=True, output_dir=str(tmp_path / "cut")) is None
+    # Nothing was trained yet: the folder is free for another recipe.
+    assert train(recipe, **changes, prompt_max_length=20, truncate=True, max_steps=1) is None
+    assert report(recipe)["recipe"]["truncate"] is True
 
 
 def test_a_folder_with_something_else_is_left_alone(recipe, tmp_path, capsys):

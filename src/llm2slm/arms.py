@@ -185,6 +185,7 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
         tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads))
     elif source == "fresh" and options.slm_tokenizer == "own":
         tokenizer, token_ids = train_tokenizer(texts_of(pairs, llm_tokenizer, reads), options.vocab_size), None
+        tokenizer.chat_template = llm_tokenizer and llm_tokenizer.chat_template  # both read the same text
     else:
         tokenizer = llm_tokenizer if source in ("fresh", options.llm) else load_tokenizer(source)
         shared = llm_tokenizer is not None and tokenizer.get_vocab() == llm_tokenizer.get_vocab()

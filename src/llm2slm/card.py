@@ -211,7 +211,7 @@ def find_licences(args: argparse.Namespace, trained: dict[str, Any], bases: dict
     """
     licences = {}
     for role, name in bases.items():
-        if role == "slm" and bases.get("llm") == name:
+        if role == "slm" and (args.license or bases.get("llm") == name):
             continue
         found = args.llm_license if role == "llm" else None
         found = found or read_licence(trained[role]["name_or_path"], name)

@@ -15,10 +15,11 @@ Transformers 4.x and 5.x.
 
 import functools
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -43,7 +44,9 @@ MAX_ROWS = 4  # up to which products and sums beat the matrix library, see resul
 class _Compiled:
     """What stays of an SLM between two calls: its compiled step, and a cache, as CUDA graphs replay on one address."""
 
+    function: types.FunctionType
     step: Callable
+    lock: threading.Lock = field(default_factory=threading.Lock)
     failed: bool = False
     idle_cache: Cache | None = None
 
@@ -119,7 +122,7 @@ def _decode(
     step = _Step(slm, input_ids, model_kwargs)
     logits = step.read_prompt()
     while True:
-        scores = logits_processor(input_ids, logits[:, -1].to(input_ids.device, torch.float32, copy=True))
+        scores = logits_processor(input_ids, logits[:, -1].to(input_ids.device, torch.float32))
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
@@ -146,9 +149,10 @@ class _Step:
         self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
         self.arguments = inspect.signature(slm.forward).parameters
         if slm not in _compiled:
-            _compiled[slm] = _Compiled(_compile(input_ids.device.type))
+            _compiled[slm] = _compile(input_ids.device.type)
         self.compiled = _compiled[slm]
         self.inputs = {}  # of each step
+        self.unguarded = None
 
     def read_prompt(self) -> torch.Tensor:
         """Logits of the prompt; its keys and values are set out for the steps."""
@@ -189,6 +193,7 @@ class _Step:
     def _set_out_cache(self, cache, capacity):
         """Copies `cache` into one with room for `capacity` positions."""
         idle, self.compiled.idle_cache = self.compiled.idle_cache, None
+        self.unguarded = None
         self.capacity, self.inputs["past_key_values"] = capacity, _fixed_cache(cache, self.length, capacity, idle)
         # Positions not yet written are hidden by causality.
         self.inputs[f"{self.prefix}attention_mask"] = nn.functional.pad(
@@ -207,16 +212,30 @@ class _Step:
         return logits
 
     def _run(self):
+        if self.unguarded is not None:
+            return self.unguarded(self.slm, self.inputs)
         if not self.compiled.failed:
             try:
-                return self.compiled.step(self.slm, self.inputs)
+                with self.compiled.lock:
+                    logits = self.compiled.step(self.slm, self.inputs)
+                    if self.prompt_ids.device.type == "cpu":
+                        self.unguarded = _latest_code(self.compiled.function)
+                return logits
             except Exception as error:  # one that is not about compiling comes again below
                 self.compiled.failed = True
                 logger.warning_once(
                     f"`fast=True`: the step of {type(self.slm).__name__} could not be compiled, decoding in the plain "
                     f"way. {type(error).__name__}: {error}"
                 )
+                self._forget_step()
         return _logits(self.slm, self.inputs)
+
+    def _forget_step(self):
+        """Takes back that a step which failed half-way has counted its token: the layers of Transformers 5 do."""
+        cache = self.inputs["past_key_values"]
+        for layer in getattr(cache, "self_attention_cache", cache).layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(self.length)
 
 
 # ------------------------------------------------------------------------------------------------ caches of fixed size
@@ -257,7 +276,20 @@ def _compile(device_type):
     # The compiler counts what it compiled by code object, and stops at eight: each SLM gets its own.
     own = types.FunctionType(_lean_logits.__code__.replace(), globals())
     mode = "reduce-overhead" if device_type == "cuda" else None  # CUDA graphs
-    return torch.compile(own, backend=BACKEND, fullgraph=True, mode=mode)
+    return _Compiled(own, torch.compile(own, backend=BACKEND, fullgraph=True, mode=mode))
+
+
+def _latest_code(function):
+    """
+    What the compiler has just run for `function`, without its guards. They compare each parameter and hook of the SLM
+    with what they were, which is a sixth of a small SLM's step: the first step of a response is enough.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # slow to import
+
+    entries = _debug_get_cache_entry_list(function.__code__)
+    if not entries:
+        raise RuntimeError("torch.compile is switched off")
+    return types.FunctionType(entries[0].code, globals())
 
 
 def _lean_logits(slm, inputs):

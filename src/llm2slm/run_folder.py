@@ -27,7 +27,7 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
     Makes the folder of a training, or makes sure that it is this training's.
 
     Args:
-        folder (`Path`): New, empty, or the folder of a training with the same recipe.
+        folder (`Path`): New, empty, the folder of a training with the same recipe, or of one that never took a step.
         recipe (`dict[str, Any]`): The options that differ from the defaults.
 
     Raises:
@@ -38,22 +38,27 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
         raise NotADirectoryError(f"`output_dir` {str(folder)!r} is a file.")
     path, part = folder / RECIPE, folder / f"{RECIPE}.part"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    before_the_first_step = {path, part, folder / START, folder / f"{START}.part"}
     if path.is_file():
         there, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
-        for name in sorted((there.keys() | here.keys()) - set(ELSEWHERE)):
-            if there.get(name) != here.get(name):
-                raise ValueError(
-                    f"`output_dir` {str(folder)!r} holds another training: its `{name}` is "
-                    f"{_said(there, name)}, here it is {_said(here, name)}. Choose another folder, or remove it."
-                )
+        names = sorted((there.keys() | here.keys()) - set(ELSEWHERE))
+        different = [name for name in names if there.get(name) != here.get(name)]
+        if not different:
+            return
+        if set(folder.iterdir()) - before_the_first_step:
+            raise ValueError(
+                f"`output_dir` {str(folder)!r} holds another training: its `{different[0]}` is "
+                f"{_said(there, different[0])}, here it is {_said(here, different[0])}. Choose another folder, or "
+                "remove it."
+            )
+        shutil.rmtree(folder / START, ignore_errors=True)
     elif folder.is_dir() and set(folder.iterdir()) - {part}:
         raise FileExistsError(
             f"`output_dir` {str(folder)!r} holds other things than a training: choose a new folder, or empty it."
         )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.rename(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _said(recipe: dict[str, Any], name: str) -> str:

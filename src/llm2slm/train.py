@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainer, TrainerState, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     training: TrainerOptions = _fill(TrainerOptions, values)
     if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
+    if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
+        raise ValueError("DeepSpeed's ZeRO stage 3 is not supported: choose stage 1 or 2.")
     recipe = recipe_of(values)
     folder = Path(training.output_dir)
     disable_progress_bar()  # of reading and writing weights, one for each checkpoint; the training's own remains
