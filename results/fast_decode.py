@@ -148,16 +148,13 @@ def make_generate(name, slm, arguments, batch_size):
     )
     if name == "transformers_compiled":
         config.cache_implementation, config.compile_config = "static", CompileConfig(mode="default", fullgraph=True)
+    elif name == "compiled":
+        decoding_llm2slm._compiled[slm] = decoding_llm2slm._compile(decoding_llm2slm._logits, "cpu")
 
     def generate(streamer):
         if name in ("plain", "transformers_compiled"):
             return slm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, streamer=streamer)
-        rows = decoding_llm2slm.MAX_ROWS
-        decoding_llm2slm.MAX_ROWS = 0 if name == "compiled" else rows
-        try:
-            return decoding_llm2slm.generate_fast(slm, embeds, mask, config, streamer=streamer)
-        finally:
-            decoding_llm2slm.MAX_ROWS = rows
+        return decoding_llm2slm.generate_fast(slm, embeds, mask, config, streamer=streamer)
 
     return generate
 

@@ -197,6 +197,7 @@ def test_streamers_processors_and_stopping_criteria_are_heard(kind):
         ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"do_sample": True, "num_return_sequences": 3}, "more than 8 responses at a time on CPU"),
     ],
 )
 def test_what_it_cannot_do_is_decoded_in_the_plain_way_with_a_note(options, reason, notes):

@@ -53,7 +53,7 @@ def describe_use(
         where, snippet = use_pipeline(args, folder, bases, model, given, options)
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
-    return {"where_the_llm_is": where, "snippet": snippet, "example": example}
+    return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
 
 
 def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:

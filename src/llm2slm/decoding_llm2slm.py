@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
-MAX_ROWS = 4  # up to which products and sums beat the matrix library, see results/fast_decode.py
+MAX_CPU_ROWS = 8  # beyond, the matrix library is as fast: results/fast_decode.py --batch-sizes
 
 
 @dataclass
@@ -80,7 +80,10 @@ def generate_fast(
         What `slm.generate` returns.
     """
     inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "generation_config": generation_config}
+    rows = inputs_embeds.shape[0] * (generation_config.num_return_sequences or 1)
     reason = _why_plain(slm, generation_config, kwargs)
+    if reason is None and inputs_embeds.device.type == "cpu" and rows > MAX_CPU_ROWS:
+        reason = f"more than {MAX_CPU_ROWS} responses at a time on CPU, where it gains nothing"
     if reason is not None:
         logger.warning_once(f"`fast=True` does not go with {reason}: decoding in the plain way.")
         return slm.generate(**inputs, **kwargs)
@@ -149,7 +152,7 @@ class _Step:
         self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
         self.arguments = inspect.signature(slm.forward).parameters
         if slm not in _compiled:
-            _compiled[slm] = _compile(input_ids.device.type)
+            _compiled[slm] = _compile(_lean_logits, input_ids.device.type)
         self.compiled = _compiled[slm]
         self.inputs = {}  # of each step
         self.unguarded = None
@@ -272,9 +275,9 @@ def _kind(layer, capacity):
 
 
 # -------------------------------------------------------------------------------------------------- the compiled step
-def _compile(device_type):
+def _compile(function, device_type):
     # The compiler counts what it compiled by code object, and stops at eight: each SLM gets its own.
-    own = types.FunctionType(_lean_logits.__code__.replace(), globals())
+    own = types.FunctionType(function.__code__.replace(), globals())
     mode = "reduce-overhead" if device_type == "cuda" else None  # CUDA graphs
     return _Compiled(own, torch.compile(own, backend=BACKEND, fullgraph=True, mode=mode))
 
@@ -310,19 +313,20 @@ class _ProductsAndSums(TorchFunctionMode):
 
 
 def _linear(x, weight, bias=None):
-    rows = x.numel() // x.shape[-1]
-    if rows > MAX_ROWS or x.device.type != "cpu" or x.dtype != weight.dtype:
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
         return nn.functional.linear(x, weight, bias)
     exact = _exact(x.dtype)
     # Each weight is read once: (out_features, 1, in_features) * (rows, in_features)
-    y = (weight.to(exact)[:, None] * _in_memory(x.reshape(rows, -1)).to(exact)).sum(dim=-1).t()  # (rows, out_features)
+    y = (
+        (weight.to(exact)[:, None] * _in_memory(x.reshape(-1, x.shape[-1])).to(exact)).sum(dim=-1).t()
+    )  # (rows, out_features)
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    batch_size, heads, length, width = query.shape
-    if batch_size * length > MAX_ROWS or length > 1 or query.device.type != "cpu" or dropout_p or is_causal:
+    _, heads, length, width = query.shape
+    if length > 1 or query.device.type != "cpu" or dropout_p or is_causal:
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     exact = _exact(query.dtype)
