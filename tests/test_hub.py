@@ -123,6 +123,7 @@ def test_a_pushed_repository_is_complete(tmp_path):
         "checkpoint_llm2slm.py",
         "config.json",
         "configuration_llm2slm.py",
+        "decoding_llm2slm.py",
         "drafting_llm2slm.py",
         "generation_config.json",
         "llm_tokenizer/tokenizer.json",

@@ -345,7 +345,11 @@ def test_an_interrupted_training_goes_on_without_the_llm_and_ends_as_if_it_had_n
 
     training_step = Seq2SeqTrainer.training_step
     monkeypatch.setattr(Seq2SeqTrainer, "training_step", interrupted)
-    assert train(recipe) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    try:
+        assert train(recipe) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "The same command goes on from the last checkpoint" in capsys.readouterr().err
 
     def fails(*args, **kwargs):

@@ -106,12 +106,14 @@ def run(args: argparse.Namespace) -> None:
     trained = read_run(args.llm)
     rows, prompts, shots = read_data(args, trained["data"].get("prompt_format"))
     work = Path(f"{args.output}.part")
-    settings = open_work_folder(work, args, prompts, shots)
+    settings = describe(args, prompts, shots)
+    check_work_folder(work, settings)
 
     model, tokenizer = load_llm(args, trained)
     texts, stop = add_examples(args, tokenizer, prompts, shots, was_trained=bool(trained["data"]))
     ids = {split: encode(texts[split], tokenizer, split) for split in texts}
     check_positions(model, ids, args.max_new_tokens)
+    open_work_folder(work, settings)
     try:
         responses = {split: write_split(args, model, tokenizer, ids[split], stop, work, split) for split in ids}
     except KeyboardInterrupt:
@@ -131,11 +133,11 @@ def run(args: argparse.Namespace) -> None:
     result.rename(args.output)
     shutil.rmtree(work)
     for split, count in counts.items():
-        print(
-            f"{split}: {count['pairs']:,} pairs in {args.output}; {count['without_response']:,} prompts left out, to "
-            f"which the LLM wrote nothing; {count['of_max_new_tokens']:,} responses may be cut off: they have all "
-            f"{args.max_new_tokens} tokens."
-        )
+        print(f"{split}: {count['pairs']:,} pairs in {args.output}")
+        if count["without_response"]:
+            print(f"  {count['without_response']:,} prompts are left out: the LLM wrote nothing to them")
+        if count["of_max_new_tokens"]:
+            print(f"  {count['of_max_new_tokens']:,} responses may be cut off: they have {args.max_new_tokens} tokens")
 
 
 def join(rows, prompts: list, responses: list[dict]):
@@ -259,30 +261,37 @@ def check_positions(model, ids: dict[str, list[list[int]]], max_new_tokens: int)
 
 
 # ----------------------------------------------------------------------------------------------------------- responses
-def open_work_folder(work: Path, args: argparse.Namespace, prompts: dict[str, list], shots: list[dict]) -> dict:
-    """
-    Makes the folder of an unfinished labelling, or makes sure that it is this one's; returns the settings.
-
-    Raises:
-        ValueError: if it is another one's.
-    """
-    unsaid = ("command", "config", "traceback", "output", "device")  # they change nothing of the result
+def describe(args: argparse.Namespace, prompts: dict[str, list], shots: list[dict]) -> dict[str, Any]:
+    """All that the result depends on."""
+    unsaid = ("command", "config", "traceback", "output", "device")
     settings = {name: value for name, value in vars(args).items() if name not in unsaid}
     texts = json.dumps([prompts, shots], ensure_ascii=False)
-    settings["fingerprint"] = hashlib.sha256(texts.encode()).hexdigest()
-    path = work / SETTINGS
-    if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if other := [name for name in settings if begun.get(name) != settings[name]]:
-            raise ValueError(
-                f"{work} was begun with other settings: `{other[0]}` was {begun.get(other[0])!r}, and is "
-                f"{settings[other[0]]!r}. Say the same, choose another --output, or delete the folder."
-            )
-    else:
-        work.mkdir(exist_ok=True)
-        with write_aside(str(path)) as file:
+    return {**settings, "fingerprint": hashlib.sha256(texts.encode()).hexdigest()}
+
+
+def check_work_folder(work: Path, settings: dict[str, Any]) -> None:
+    """
+    Checks that what was begun, if anything was, is this labelling.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    if not (work / SETTINGS).exists():
+        return
+    begun = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+    if other := [name for name in settings if begun.get(name) != settings[name]]:
+        raise ValueError(
+            f"{work} was begun with other settings: `{other[0]}` was {begun.get(other[0])!r}, and is "
+            f"{settings[other[0]]!r}. Say the same, choose another --output, or delete the folder."
+        )
+
+
+def open_work_folder(work: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder of an unfinished labelling."""
+    work.mkdir(exist_ok=True)
+    if not (work / SETTINGS).exists():
+        with write_aside(str(work / SETTINGS)) as file:
             file.write(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return settings
 
 
 def write_split(
