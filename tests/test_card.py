@@ -13,6 +13,7 @@ from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokeni
 from datasets import Dataset, DatasetDict
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm import cli
 from llm2slm.card import read_licence
@@ -58,7 +59,10 @@ def run(files, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    def download(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub.repocard, "hf_hub_download", download)
 
 
 def command(*arguments) -> int | None:

@@ -8,7 +8,6 @@ import sys
 import pytest
 from conftest import build_llm, build_llm_tokenizer, build_model, build_slm_tokenizer
 from hub_server import HubServer
-from huggingface_hub import HfApi
 
 from llm2slm import LLM2SLMTokenizer, cli
 
@@ -32,6 +31,18 @@ import sys
 from huggingface_hub import HfApi
 HfApi().create_repo("tester/llm")
 HfApi().upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
+"""
+INSPECT = """
+import json
+from huggingface_hub import HfApi, hf_hub_download
+api, found = HfApi(), {}
+for branch in ("main", "dev"):
+    if branch in [ref.name for ref in api.list_repo_refs("tester/pair").branches]:
+        commits = api.list_repo_commits("tester/pair", revision=branch)
+        found[branch] = {"commits": [[commit.title, commit.commit_id] for commit in commits]}
+        found[branch]["files"] = api.list_repo_files("tester/pair", revision=branch)
+config = hf_hub_download("tester/pair", "config.json", revision=branch if branch in found else "main")
+print(json.dumps({**found, "private": api.repo_info("tester/pair").private, "config": open(config).read()}))
 """
 LOAD = """
 from transformers import pipeline
@@ -66,22 +77,28 @@ def push(hub, home, *options, **environment) -> subprocess.CompletedProcess:
     return run(hub, home, "-m", "llm2slm.cli", "push", "--repo-id", "tester/pair", *options, **environment)
 
 
+def inspect(hub, home) -> dict:
+    result = run(hub, home, "-c", INSPECT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
 def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        api = HfApi(endpoint=hub.endpoint, token=hub.token)
         assert run(hub, tmp_path / "home", "-c", PUSH_LLM, folder.parent / "llm").returncode == 0
         pushed = push(hub, tmp_path / "home", "--run", folder, "--llm-name", "tester/llm")
         assert pushed.returncode == 0, pushed.stderr
-        files = set(api.list_repo_files("tester/pair")) - {".gitattributes"}
+        found = inspect(hub, tmp_path / "home")
+        files = set(found["main"]["files"]) - {".gitattributes"}
         expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert files == expected - set(LEFT_OUT)
         assert {"README.md", "loss.png", "model.safetensors", "llm_tokenizer/tokenizer.json"} <= files
-        first, *others = api.list_repo_commits("tester/pair")
-        assert first.title == "Upload model" and first.commit_id in pushed.stdout
-        assert [commit.title.lower() for commit in others] == ["initial commit"]  # the Hub's own, of a new repository
+        (title, commit), *others = found["main"]["commits"]
+        assert title == "Upload model" and commit in pushed.stdout
+        assert [title.lower() for title, _ in others] == ["initial commit"]  # the Hub's own, of a new repository
+        assert json.loads(found["config"])["llm_name_or_path"] == "tester/llm"
+        assert str(tmp_path) not in found["config"]
 
-        config = json.loads(open(api.hf_hub_download("tester/pair", "config.json", cache_dir=tmp_path / "c")).read())
-        assert config["llm_name_or_path"] == "tester/llm" and str(tmp_path) not in json.dumps(config)
         loaded = run(hub, tmp_path / "fresh", "-c", LOAD)
         assert loaded.returncode == 0, loaded.stderr[-2000:]
         here = run(hub, tmp_path / "here", "-c", LOAD.replace("tester/pair", str(folder)))
@@ -90,14 +107,13 @@ def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path
 
 def test_a_private_repository_and_a_branch(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        api = HfApi(endpoint=hub.endpoint, token=hub.token)
         options = ["--run", folder, "--llm-name", "tester/llm", "--private"]
         pushed = push(hub, tmp_path / "home", *options, "--revision", "dev", "--message", "Second try")
         assert pushed.returncode == 0, pushed.stderr
-        assert api.repo_info("tester/pair").private is True
-        assert "config.json" in api.list_repo_files("tester/pair", revision="dev")
-        assert "config.json" not in api.list_repo_files("tester/pair")
-        assert api.list_repo_commits("tester/pair", revision="dev")[0].title == "Second try"
+        found = inspect(hub, tmp_path / "home")
+    assert found["private"] is True
+    assert "config.json" in found["dev"]["files"] and "config.json" not in found["main"]["files"]
+    assert found["dev"]["commits"][0][0] == "Second try"
 
 
 def test_a_refusal_of_the_hub_is_one_line(folder, tmp_path):

@@ -5,8 +5,9 @@ Choices made here:
   processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's.
 - The prompt is read as in the plain path. Its keys and values are then copied into `StaticLayer`s, sliding windows
   too: the mask says what they see, so one step serves each position and is compiled once.
-- On CPU a linear layer of one or a few rows is written as products and sums. The compiler makes vector loops of them
-  that read the weights at the memory's speed; the matrix library does not (results/fast_decode.py measures it).
+- On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
+  vector loops of them that reads the weights about as fast as memory gives them; the matrix library takes three to
+  four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
 One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on
@@ -37,7 +38,7 @@ logger = logging.get_logger(__name__)
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
-MAX_CPU_ROWS = 8  # beyond, the matrix library is as fast: results/fast_decode.py --batch-sizes
+MAX_CPU_ROWS = 8  # the gain shrinks with each row and is gone at about 16: results/fast_decode.py --batch-sizes
 
 
 @dataclass
@@ -175,7 +176,8 @@ class _Step:
         if "position_ids" in self.arguments:
             inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
             self.inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
-        self.length, self.prompt_mask, self.prefix = embeds.shape[1], mask, ""
+        self.length, self.prompt_mask = embeds.shape[1], mask
+        self.prefix = ""
         return inputs
 
     def _encoder_decoder_inputs(self):
@@ -186,11 +188,8 @@ class _Step:
             "attention_mask": nn.functional.pad(mask, (0, padding)),
         }
         self.inputs.update(inputs)
-        self.length, self.prompt_mask, self.prefix = (
-            self.prompt_ids.shape[1],
-            torch.ones_like(self.prompt_ids),
-            "decoder_",
-        )
+        self.length, self.prompt_mask = self.prompt_ids.shape[1], torch.ones_like(self.prompt_ids)
+        self.prefix = "decoder_"
         return {"decoder_input_ids": self.prompt_ids, **inputs}
 
     def _set_out_cache(self, cache, capacity):
@@ -284,8 +283,8 @@ def _compile(function, device_type):
 
 def _latest_code(function):
     """
-    What the compiler has just run for `function`, without its guards. They compare each parameter and hook of the SLM
-    with what they were, which is a sixth of a small SLM's step: the first step of a response is enough.
+    What the compiler has just run for `function`, without its guards. They compare each module and parameter of the
+    SLM with what it was, which takes about a sixth of a small SLM's step: the first step of a response is enough.
     """
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # slow to import
 
@@ -316,10 +315,9 @@ def _linear(x, weight, bias=None):
     if x.device.type != "cpu" or x.dtype != weight.dtype:
         return nn.functional.linear(x, weight, bias)
     exact = _exact(x.dtype)
-    # Each weight is read once: (out_features, 1, in_features) * (rows, in_features)
-    y = (
-        (weight.to(exact)[:, None] * _in_memory(x.reshape(-1, x.shape[-1])).to(exact)).sum(dim=-1).t()
-    )  # (rows, out_features)
+    rows = _in_memory(x.reshape(-1, x.shape[-1])).to(exact)  # (rows, in_features)
+    # (out_features, 1, in_features) * (rows, in_features): each weight is read once, for all rows
+    y = (weight.to(exact)[:, None] * rows).sum(dim=-1).t()  # (rows, out_features)
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
