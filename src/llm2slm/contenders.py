@@ -192,6 +192,9 @@ def _assisted(llm, args) -> Contender:
 
     def generate(num_tokens: int, streamer) -> int:
         settings = {"streamer": streamer, **_settings(num_tokens), **options}
+        # Transformers 4 rules out no token of a draft: the length is kept by an end token that does not exist.
+        settings.pop("min_new_tokens")
+        settings["eos_token_id"] = -1
         ids = llm.generate(**inputs, assistant_model=assistant, **settings)
         return ids.shape[1] - (0 if llm.config.is_encoder_decoder else args.prompt_length)
 

@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
-MAX_CPU_ROWS = 8  # the gain shrinks with each row and is gone at about 16: results/fast_decode.py --batch-sizes
+MAX_CPU_ROWS = 8  # fast decode takes 0.4 of the plain time at 1 row, 0.55 at 4, 0.75 at 8: results/fast_decode.py
 
 
 @dataclass
