@@ -23,7 +23,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompileConfig, GenerationConfig
 
 from llm2slm import decoding_llm2slm
-from llm2slm.benchmark import SHAPES, cpu_model
+from llm2slm.machine import cpu_model
+from llm2slm.shapes import SHAPES
 
 SYSTEMS = {
     "plain": "slm.generate",

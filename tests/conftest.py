@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, built offline: each kind of LLM and SLM in the shape its users know."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -240,3 +241,24 @@ def count_calls():
     yield count
     for handle in handles:
         handle.remove()
+
+
+def save_training(folder, pairs):
+    """Writes a tiny LLM and 40 pairs into `folder`; a recipe that trains a fresh SLM on 32 and evaluates on 8."""
+    build_llm("llama").save_pretrained(folder / "llm")
+    build_llm_tokenizer().save_pretrained(folder / "llm")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "data": str(folder / "pairs.jsonl"),
+        "train_split": "train[:32]",
+        "validation_split": "train[32:]",
+        "llm": str(folder / "llm"),
+        "slm": "fresh",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "logging_steps": 1,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }

@@ -9,14 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import (
-    SLM_VOCAB,
-    build_llm,
-    build_llm_tokenizer,
-    build_model,
-    build_prompts,
-    padded,
-)
+from conftest import SLM_VOCAB, build_model, build_prompts, padded, save_training
 from safetensors.torch import load_file, save_file
 
 from llm2slm import cli
@@ -35,26 +28,8 @@ def run_two_processes(*arguments) -> str:
 # ----------------------------------------------------------------------------------------------------------------- DDP
 @pytest.fixture
 def recipe(tmp_path):
-    build_llm("llama").save_pretrained(tmp_path / "llm")
-    build_llm_tokenizer().save_pretrained(tmp_path / "llm")
     pairs = [{"prompt": f"w{i} w{i + 1} " * (1 + i % 3), "completion": "abc"[i % 3] * (1 + i % 5)} for i in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return {
-        "data": str(tmp_path / "pairs.jsonl"),
-        "train_split": "train[:32]",
-        "validation_split": "train[32:]",
-        "llm": str(tmp_path / "llm"),
-        "slm": "fresh",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "max_steps": 12,
-        "eval_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 0.01,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    return {**save_training(tmp_path, pairs), "max_steps": 12, "eval_steps": 4}
 
 
 def write_recipe(recipe, folder, **changes) -> str:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import build_llm, build_llm_tokenizer
+from conftest import save_training
 from safetensors.torch import load_file
 from transformers import Seq2SeqTrainer
 
@@ -24,27 +24,13 @@ STEPS, SAVE_STEPS = 60, 5
 @pytest.fixture
 def recipe(tmp_path):
     """A fresh SLM with dropout-free layers behind a tiny LLM; a step takes some hundredths of a second."""
-    build_llm("llama").save_pretrained(tmp_path / "llm")
-    build_llm_tokenizer().save_pretrained(tmp_path / "llm")
     pairs = [{"prompt": f"w{i} w{i + 1} w{i // 2}", "completion": "abc"[i % 3] * (1 + i % 5)} for i in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return {
-        "data": str(tmp_path / "pairs.jsonl"),
-        "train_split": "train[:32]",
-        "validation_split": "train[32:]",
-        "llm": str(tmp_path / "llm"),
-        "slm": "fresh",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
+        **save_training(tmp_path, pairs),
         "max_steps": STEPS,
         "eval_steps": SAVE_STEPS,
-        "logging_steps": 1,
-        "learning_rate": 0.01,
         "lr_scheduler_type": "constant",  # a step too many would be seen
         "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
         "cache_dir": str(tmp_path / "features"),
     }
 

@@ -38,7 +38,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from datasets import DatasetDict, DatasetInfo
-from splits import drop_near_identical, normalize, save, split_rows
+from splits import drop_near_identical, normalize, print_counts, save, split_rows
 
 TEST_SHARE = {"summarize": 0.055, "it": 0.035, "fr": 0.07, "de": 0.095}  # for 1,000 to 1,500 pairs
 VALIDATION_SHARE = {"summarize": 0.045, "it": 0.025, "fr": 0.055, "de": 0.08}  # for about 1,000 pairs
@@ -324,13 +324,7 @@ def build(lists: Path, task: str, language: str | None = None, verbose: bool = F
     if verbose:
         print(f"{sources}\n")
         unit = "descriptions" if task == "summarize" else "translated paragraphs"
-        print(f"| {unit} | number |\n|---|---|")
-        print(f"| in all | {len(rows) + dropped.total():,} |")
-        for reason, count in dropped.most_common():
-            print(f"| dropped: {reason} | {count:,} |")
-        print(f"| kept, in {len(groups):,} groups, the largest of {groups[0]:,} | {len(rows):,} |")
-        for split, dataset in data.items():
-            print(f"| {split} | {len(dataset):,} |")
+        print_counts(unit, "in all", rows, dropped, groups, data)
     return data
 
 

@@ -28,7 +28,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from datasets import DatasetDict
-from splits import save, split_rows
+from splits import print_counts, save, split_rows
 
 TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04
 MIN_RATIO, MAX_RATIO = 0.4, 2.5  # words of the completion per word of the prompt; beyond, one side misses a clause
@@ -133,13 +133,7 @@ def build(verbose: bool = False) -> DatasetDict:
     rows, dropped = read_pairs()
     data, groups = split_rows(rows, TEST_SHARE, VALIDATION_SHARE)
     if verbose:
-        print("| verses | number |\n|---|---|")
-        print(f"| in the King James | {len(rows) + dropped.total():,} |")
-        for reason, count in dropped.most_common():
-            print(f"| dropped: {reason} | {count:,} |")
-        print(f"| kept, in {len(groups):,} groups, the largest of {groups[0]:,} | {len(rows):,} |")
-        for split, dataset in data.items():
-            print(f"| {split} | {len(dataset):,} |")
+        print_counts("verses", "in the King James", rows, dropped, groups, data)
     return data
 
 

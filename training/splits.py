@@ -109,6 +109,17 @@ def split_rows(
     return data, sorted(map(len, groups), reverse=True)
 
 
+def print_counts(header: str, total: str, rows: list, dropped: Counter, groups: list[int], data: DatasetDict) -> None:
+    """Prints what was dropped and kept, as a Markdown table; `header` names the rows, `total` all there were."""
+    print(f"| {header} | number |\n|---|---|")
+    print(f"| {total} | {len(rows) + dropped.total():,} |")
+    for reason, count in dropped.most_common():
+        print(f"| dropped: {reason} | {count:,} |")
+    print(f"| kept, in {len(groups):,} groups, the largest of {groups[0]:,} | {len(rows):,} |")
+    for split, dataset in data.items():
+        print(f"| {split} | {len(dataset):,} |")
+
+
 def save(data: DatasetDict, output: Path) -> None:
     """
     Writes the data set aside and renames it, so that `output` is whole or absent. The same data set already there is

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli import add_loading_arguments, check_new_file, device, main, positive_int, write_aside
+from .machine import cpu_model, reset_peak, resident_bytes
 from .shapes import SHAPES
 
 if TYPE_CHECKING:  # torch and transformers are imported when it runs: `--help` is quick
@@ -290,22 +291,10 @@ def measure_memory(contender: "Contender", args: argparse.Namespace) -> int | No
         before = torch.cuda.memory_allocated(chosen)
         measure(contender, args.response_length)
         return torch.cuda.max_memory_allocated(chosen) - before
-    before_bytes = _resident("VmRSS", reset=True)
+    can_tell, before_bytes = reset_peak(), resident_bytes("VmRSS")
     measure(contender, args.response_length)
-    peak_bytes = _resident("VmHWM")
-    return None if before_bytes is None or peak_bytes is None else peak_bytes - before_bytes
-
-
-def _resident(field_name: str, reset: bool = False) -> int | None:
-    """Bytes of this process's memory, and its peak set back to that if asked for; `None` where the system cannot."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    line = next(line for line in status.splitlines() if line.startswith(field_name))
-    return 1024 * int(line.split()[1])
+    peak_bytes = resident_bytes("VmHWM")
+    return peak_bytes - before_bytes if can_tell and peak_bytes is not None and before_bytes is not None else None
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -395,15 +384,6 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    if os.path.exists("/proc/cpuinfo"):  # Linux, where platform.processor() is empty
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def to_markdown(report: dict[str, Any]) -> str:

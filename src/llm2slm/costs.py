@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .configuration_llm2slm import LLM2SLMConfig
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 # How T5 and BART-like decoders call their attention to the encoder, and the two projections of the prompt in it.
@@ -87,13 +88,19 @@ def costs_of(config: PretrainedConfig) -> Costs:
     Args:
         config (`PretrainedConfig`): The model's configuration.
     """
+    if config.model_type == "llm2slm":
+        return _costs_of_llm2slm(whole_model(config))
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        if config.model_type == "llm2slm":
-            whole = copy.deepcopy(config)
-            whole.include_llm = True  # a slim checkpoint's LLM is counted too
-            return _costs_of_llm2slm(LLM2SLMForConditionalGeneration(whole))
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return _costs_of_lm(auto_class.from_config(config))
+
+
+def whole_model(config: LLM2SLMConfig) -> LLM2SLMForConditionalGeneration:
+    """An LLM-to-SLM model without values, to count its weights by: with the LLM, which a slim checkpoint lacks."""
+    config = copy.deepcopy(config)
+    config.include_llm = True
+    with torch.device("meta"):
+        return LLM2SLMForConditionalGeneration(config)
 
 
 def _costs_of_lm(model) -> Costs:

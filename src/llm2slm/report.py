@@ -1,6 +1,5 @@
 """What a finished training says of itself: `run.json`, and the loss curve as a picture."""
 
-import copy
 import json
 import platform
 import time
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .benchmark import cpu_model
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .costs import whole_model
+from .machine import cpu_model, resident_bytes
 
 PACKAGES = ("llm-to-slm", "transformers", "torch", "datasets", "accelerate", "peft")
 
@@ -35,10 +34,7 @@ def count_parameters(arm: str, model) -> dict[str, int]:
     """Numbers of weights of `slm`, `projector` and what of the `llm` reads prompts, loaded or not."""
     if arm != "llm2slm":
         return {arm: sum(p.numel() for p in model.parameters())}
-    config = copy.deepcopy(model.config)
-    config.include_llm = True
-    with torch.device("meta"):
-        whole = LLM2SLMForConditionalGeneration(config)
+    whole = whole_model(model.config)
     parts = {"slm": whole.slm, "projector": whole.projector, "llm": whole.llm}
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
@@ -67,12 +63,8 @@ def machine() -> dict[str, Any]:
 
 def peak_memory_gib() -> float | None:
     """The most memory this process had at a time, in GiB; `None` where the system does not say."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    # `ru_maxrss` would be the parent's, if that was larger when it started this process.
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 2**20, 3)
+    peak_bytes = resident_bytes("VmHWM")
+    return None if peak_bytes is None else round(peak_bytes / 2**30, 3)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
