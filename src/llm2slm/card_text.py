@@ -58,18 +58,18 @@ def describe_use(
 
 def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
     """Where an LLM-to-SLM checkpoint's LLM is, and how the checkpoint is called."""
+    from .loading_llm2slm import PACKAGE, is_package
+
     config = read_json(str(folder / "config.json"))
-    imports, find, place = ["from transformers import pipeline"], [], []
     elsewhere = 'say where it is: `model_kwargs={"llm_name_or_path": ...}`'
     if config.get("include_llm"):
         where = "The LLM is part of this checkpoint."
-    elif args.llm_package:
-        imports = ["from importlib.util import find_spec", "", *imports]
-        find = [f'llm = find_spec("{args.llm_package}").submodule_search_locations[0]']
-        place = ['    model_kwargs={"llm_name_or_path": llm},']
+    elif is_package(config.get("llm_name_or_path")):
+        package = config["llm_name_or_path"].removeprefix(PACKAGE)
+        gguf = ", as a GGUF file, which needs `gguf`" if config.get("llm_gguf_file") else ""
         where = (
-            f"The LLM is not part of this checkpoint. It comes from the Python package `{args.llm_package}`, as a "
-            f"GGUF file, which needs `gguf`; if it is elsewhere, {elsewhere}."
+            f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`, which must be "
+            f"installed{gguf}; if it is elsewhere, {elsewhere}."
         )
     elif gguf_file := config.get("llm_gguf_file"):
         where = (
@@ -88,7 +88,7 @@ def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: s
         f"    model={model},",
         "    trust_remote_code=True,",
     ]
-    lines = [*imports, "", *find, *call, *place, ")", given]
+    lines = ["from transformers import pipeline", "", *call, ")", given]
     lines.append(f'print(generate(prompt, {options}, do_sample=False)[0]["generated_text"])')
     return where + "\n\n", "\n".join(lines)
 

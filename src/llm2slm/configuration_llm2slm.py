@@ -56,7 +56,8 @@ class LLM2SLMConfig(PretrainedConfig):
             layer, `k` the output of layer `k`, -1 the last, after the final norm. States of several layers are
             concatenated. Layers above the highest one are neither run nor kept.
         llm_name_or_path (`str`, *optional*):
-            Where the frozen LLM is loaded from. Checkpoints without it contain the LLM.
+            Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
+            package that holds it. Checkpoints without it contain the LLM.
         llm_revision (`str`, *optional*):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):
@@ -221,6 +222,9 @@ class LLM2SLMConfig(PretrainedConfig):
     def to_dict(self) -> dict:
         """Serializes the configuration; the code map is always this checkpoint's own files, wherever it came from."""
         output = super().to_dict()
+        for part in ("llm_config", "slm_config"):  # where its files were is no part of what the model is
+            if isinstance(output.get(part), dict):
+                output[part].pop("_name_or_path", None)
         output["auto_map"] = dict(AUTO_MAP)
         output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         return output

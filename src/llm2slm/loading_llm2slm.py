@@ -7,6 +7,7 @@ One of the files copied into every checkpoint: it imports nothing but torch and 
 import copy
 import os
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -21,6 +22,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
+
+PACKAGE = "package:"  # before the name of a Python package that holds a model
 
 
 def slm_auto_class(config):
@@ -68,8 +71,17 @@ def _config_kwargs(kwargs):
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:
-    """Folder and file name of a GGUF model: `name` may be the file, or a folder with one and no config.json."""
+    """
+    Folder, or name on the Hub, and GGUF file's name of a model: `name` may be the file, a folder with one and no
+    config.json, or `package:NAME` for an installed Python package that holds the model.
+
+    Raises:
+        OSError: if there is no such package.
+        ValueError: if a folder has several GGUF files.
+    """
     name = os.fspath(name)
+    if is_package(name):
+        name = _package_folder(name.removeprefix(PACKAGE))
     if gguf_file is not None:
         return name, gguf_file
     if os.path.isfile(name) and name.endswith(".gguf"):
@@ -82,6 +94,18 @@ def split_gguf(name, gguf_file) -> tuple[str, str | None]:
         if files:
             return name, files[0]
     return name, None
+
+
+def is_package(name) -> bool:
+    """Whether a model's name is that of a Python package which holds it: the same name on every machine."""
+    return str(name).startswith(PACKAGE)
+
+
+def _package_folder(package: str) -> str:
+    spec = find_spec(package) if package.isidentifier() else None  # found, never imported
+    if spec is None or not spec.submodule_search_locations:
+        raise OSError(f"No Python package {package!r} is installed here, and the model is in it.")
+    return spec.submodule_search_locations[0]
 
 
 def _gguf_kwargs(gguf_file) -> dict:

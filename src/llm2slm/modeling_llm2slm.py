@@ -33,6 +33,7 @@ from .decoding_llm2slm import generate_fast
 from .drafting_llm2slm import LosslessGenerationMixin
 from .loading_llm2slm import (
     fingerprint,
+    is_package,
     llm_auto_class,
     load_llm,
     load_slm,
@@ -182,10 +183,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         llm_source: dict = {}
         if not isinstance(llm, PreTrainedModel):
             llm_kwargs = dict(llm_kwargs or {})
+            llm_name = llm
             name, gguf_file = split_gguf(llm, llm_kwargs.pop("gguf_file", None))
             llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
             revision = resolve_revision(name, gguf_file, llm_kwargs)
-            llm_source = {"llm_name_or_path": name, "llm_revision": revision, "llm_gguf_file": gguf_file}
+            llm_source = {
+                "llm_name_or_path": str(llm_name) if is_package(llm_name) else name,
+                "llm_revision": revision,
+                "llm_gguf_file": gguf_file,
+            }
         elif llm_kwargs:
             raise ValueError("`llm_kwargs` are for loading the LLM by name, but `llm` is a loaded model.")
         else:

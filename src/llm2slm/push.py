@@ -11,7 +11,6 @@ The token is that of `hf auth login`, or `HF_TOKEN`.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -107,18 +106,18 @@ def is_models(name: str) -> bool:
 
 def point_to_hub(path: Path, args: argparse.Namespace) -> bytes:
     """
-    The configuration with names on the Hub only: an LLM on this machine is one that nobody else has.
+    The configuration with names on the Hub, or of a package, only: an LLM elsewhere is one that nobody else has.
 
     Raises:
         ValueError: if the LLM's is needed and not given.
     """
+    from .loading_llm2slm import is_package
+
     config = read_json(str(path))
-    for part in ("llm_config", "slm_config"):
-        if os.path.exists(config.get(part, {}).get("_name_or_path", "")):
-            del config[part]["_name_or_path"]
     field = "base_model_name_or_path" if path.name == ADAPTER_CONFIG else "llm_name_or_path"
     if config.get(field) is not None and not config.get("include_llm", False):
-        config[field] = hub_name(args.llm_name or config[field], "--llm-name")
+        if args.llm_name is not None or not is_package(config[field]):
+            config[field] = hub_name(args.llm_name or config[field], "--llm-name")
         if args.llm_name is not None and field == "llm_name_or_path":
             config["llm_revision"] = args.llm_revision
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

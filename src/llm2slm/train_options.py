@@ -44,7 +44,7 @@ class TrainOptions:
     max_train_pairs: int | None = _option(None, "learn from this many pairs, evenly spaced")
     max_validation_pairs: int | None = _option(None, "evaluate on this many pairs, evenly spaced")
 
-    llm: str = _option("", "the LLM: name on the Hub, folder or .gguf file")
+    llm: str = _option("", "the LLM: name on the Hub, folder, .gguf file or package:NAME")
     llm_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "number format the LLM is loaded in")
     llm_layer: list[int] = field(
         default_factory=lambda: [-1],
