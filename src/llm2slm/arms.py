@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from .batches import LENGTH
 from .building import make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
 from .configuration_llm2slm import LLM2SLMConfig
 from .data import DataCollatorForLLM2SLM, tokenize_pairs
@@ -53,7 +54,8 @@ def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, token
     Tokenizes the pairs as the arm reads them, and checks that they fit the models.
 
     Returns:
-        `dict[str, Dataset]`: for each split the pairs that are used, with `input_ids` and `labels`.
+        `dict[str, Dataset]`: for each split the pairs that are used, with `input_ids`, `labels` and
+        `length`, the number of both.
 
     Raises:
         ValueError: if no pair of a split is within the limits, or one needs more positions than a model has.
@@ -65,10 +67,15 @@ def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, token
     examples = {}
     for split, rows in pairs.items():
         examples[split] = tokenize_pairs(rows, two_sided, **limits, truncate=options.truncate)
+        examples[split] = examples[split].map(_count, desc="Counting")
         _check_positions(model.config, examples[split], split)
     if not model.config.is_encoder_decoder:
         examples = {split: rows.map(_join, desc="Joining") for split, rows in examples.items()}
     return examples
+
+
+def _count(row: dict[str, Any]) -> dict[str, int]:
+    return {LENGTH: len(row["input_ids"]) + len(row["labels"])}
 
 
 def _join(row: dict[str, Any]) -> dict[str, list[int]]:

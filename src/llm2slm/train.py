@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
 from . import arms, report
+from .batches import SimilarLengthTrainer
 from .cli import main
 from .loading_llm2slm import resolve_revision, split_gguf
 from .optim import parameter_groups
@@ -126,7 +127,7 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
     parameters["trained"] = report.count_trained(model)
     _check_disk(folder, model, training)
 
-    trainer = Seq2SeqTrainer(
+    trainer = SimilarLengthTrainer(
         model,
         training,
         data_collator=arms.make_collator(options, tokenizer),
