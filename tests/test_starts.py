@@ -250,10 +250,18 @@ def test_from_the_llms_states_a_token_is_embedded_as_its_mean_state(tmp_path):
     assert torch.equal(model.slm.get_output_embeddings().weight, head)
 
 
+def test_added_to_the_mean_states_the_projection_is_zero_at_first(tmp_path):
+    model, tokenizer = pair_with_a_trimmed_tokenizer(fusion="add", llm_layer=1)
+    start_from_states(model, cached(model, tokenizer, tmp_path))
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    own = model.slm.get_input_embeddings()(model.prompt_token_map[ids].long())
+    torch.testing.assert_close(model.encode_prompt(ids).prompt_embeds, own)
+    assert own.std() > 0
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"fusion": "add"}, "needs fusion to be 'replace', got 'add'"),
         ({"projector_type": "mlp"}, "projector_type to be 'linear'"),
         ({"projector_norm": "layer_norm"}, "projector_norm to be None"),
         ({"llm_layer": [0, 1]}, "number of layers read to be 1, got 2"),

@@ -291,6 +291,26 @@ def test_a_slice_of_the_upper_layers_starts_at_the_llms_states(recipe, files):
     assert len(tokenizer) == model.config.vocab_size < llm.config.vocab_size
 
 
+def test_the_slm_alone_starts_at_the_same_embeddings(recipe, files):
+    depth = AutoModelForCausalLM.from_pretrained(files / "bpe").config.num_hidden_layers
+    changes = {"llm": str(files / "bpe"), "slm": "slice", "slm_tokenizer": "trimmed", "slm_layers": [depth - 1]}
+    kind = {"projector_type": "linear", "projector_norm": "none", "llm_layer": depth - 1, "start": "states"}
+    embeddings = {}
+    for arm in ("llm2slm", "slm"):
+        output_dir = f"{recipe['output_dir']}-{arm}"
+        run = {**recipe, **changes, **kind, "arm": arm, "output_dir": output_dir}
+        assert train(run, max_steps=1, learning_rate=0.0) is None
+        tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
+        slm = AutoModelForCausalLM.from_pretrained(output_dir) if arm == "slm" else load(run).slm
+        known = {token: id for token, id in tokenizer.get_vocab().items() if id < slm.config.vocab_size}
+        embeddings[arm] = {token: slm.get_input_embeddings().weight[id] for token, id in known.items()}
+        assert slm.get_output_embeddings().weight is not slm.get_input_embeddings().weight
+    shared = embeddings["slm"].keys() & embeddings["llm2slm"].keys()
+    assert len(shared) > 10
+    for token in shared:
+        torch.testing.assert_close(embeddings["slm"][token], embeddings["llm2slm"][token])
+
+
 def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, capsys):
     pairs = [{"prompt": f"w{i} w1", "completion": "a b" if i % 4 else " "} for i in range(12)]
     path = tmp_path / "some_empty.jsonl"

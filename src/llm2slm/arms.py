@@ -6,6 +6,7 @@ The arms learn from the same pairs:
   and learns the response; an encoder-decoder reads the one and writes the other.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,13 @@ def cache_features(options: TrainOptions, examples: dict[str, Dataset], model) -
 
 # --------------------------------------------------------------------------------------------------- models: the start
 def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.device, folder: Path) -> None:
-    """Writes model and tokenizer as they are before the first step; caches the features while the LLM is loaded."""
+    """
+    Writes model and tokenizer as they are before the first step; caches the features while the LLM is loaded. An SLM
+    alone that is to start from the LLM's states gets what it would have behind the LLM, and leaves the LLM then.
+    """
     llm_tokenizer = None if not options.llm else load_tokenizer(options.llm)
     slm, slm_tokenizer, token_ids = build_slm(options, llm_tokenizer, pairs["train"])
-    if options.arm == "slm":
+    if options.arm == "slm" and options.start != "states":
         slm.save_pretrained(folder)
         slm_tokenizer.save_pretrained(folder)
         return
@@ -133,7 +137,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
     if options.start == "zero":
         start_at_zero(model)
     if options.cache_features:
-        examples = make_examples(options, pairs, model, tokenizer)
+        examples = make_examples(replace(options, arm="llm2slm"), pairs, model, tokenizer)
         model.llm.to(device)
         examples = cache_features(options, examples, model)
         model.llm.to("cpu")
@@ -141,8 +145,9 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
             align_projector(model, examples["train"], tokenizer)
         elif options.start == "states":
             start_from_states(model, examples["train"])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    alone = options.arm == "slm"
+    (model.slm if alone else model).save_pretrained(folder)
+    (slm_tokenizer if alone else tokenizer).save_pretrained(folder)
 
 
 def load_start(options: TrainOptions, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

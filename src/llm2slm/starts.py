@@ -99,16 +99,18 @@ def align_projector(model, dataset: Dataset, tokenizer, max_rows: int = 4096) ->
 @torch.no_grad()
 def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     r"""
-    Starts an SLM made of the LLM's layers above the one that is read at the LLM's own states: the projector passes
-    them on unchanged, and the SLM's input embedding of a token becomes the mean state of that token in the prompts.
-    Tokens that are rare there get what a ridge regression from their own embeddings predicts. The head stays as it is.
+    Starts an SLM made of the LLM's layers above the one that is read at the LLM's own states: the SLM's input
+    embedding of a token becomes the mean state of that token in the prompts, and with `fusion="replace"` the projector
+    passes the states on unchanged; with `"add"` its last layer starts at zero, and each prompt token at its mean
+    state. Tokens that are rare there get what a ridge regression from their own embeddings predicts. The head stays as
+    it is.
 
     The state of a prompt's first position is left out: decoder-only LLMs use it as an attention sink.
 
     Args:
         model ([`LLM2SLMForConditionalGeneration`]):
-            Changed in place. With `fusion="replace"`, a linear projector without normalisation of one layer's states,
-            one tokenizer (maybe trimmed), and an SLM as wide as the LLM, from [`~llm2slm.building.slice_lm`].
+            Changed in place. With one tokenizer (maybe trimmed), states of one layer, an SLM as wide as the LLM, from
+            [`~llm2slm.building.slice_lm`], and for `fusion="replace"` a linear projector without normalisation.
         dataset (`datasets.Dataset`):
             With the columns `input_ids` (prompts, LLM's tokenizer) and `prompt_hidden_states` (from
             [`~llm2slm.features.cache_prompt_features`]).
@@ -122,13 +124,15 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     """
     config = model.config
     needed = {
-        "fusion": (config.fusion, "replace"),
-        "projector_type": (config.projector_type, "linear"),
-        "projector_norm": (config.projector_norm, None),
         "shared_tokenizer": (config.shared_tokenizer, True),
         "the number of layers read": (len(config.llm_layers), 1),
         "the SLM's width": (config.slm_hidden_size, config.llm_hidden_size),
     }
+    if config.fusion == "replace":
+        needed |= {
+            "projector_type": (config.projector_type, "linear"),
+            "projector_norm": (config.projector_norm, None),
+        }
     for name, (found, required) in needed.items():
         if found != required:
             raise ValueError(f"A start from the LLM's states needs {name} to be {required!r}, got {found!r}.")
@@ -160,7 +164,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         model.slm.config.tie_word_embeddings = False
         config.slm_config = model.slm.config
     embeddings.weight.copy_(start)
-    nn.init.eye_(model.projector.out.weight)
+    (nn.init.eye_ if config.fusion == "replace" else nn.init.zeros_)(model.projector.out.weight)
     nn.init.zeros_(model.projector.out.bias)
     return r_squared
 

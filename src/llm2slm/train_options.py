@@ -60,7 +60,7 @@ class TrainOptions:
         "random",
         "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); aligned: "
         "projections are close to the SLM's embeddings of the same text; states: a slice of the layers above the one "
-        "read begins with its states as they are (these two with cached features)",
+        "read begins with its states as they are, and so does the SLM alone (these two with cached features)",
     )
 
     slm: str = _option(
@@ -95,7 +95,7 @@ class TrainOptions:
         if self.arm != "llm":
             self._require("slm", f" for the arm {self.arm!r}")
             self._check_slm()
-        if self.arm == "llm2slm":
+        if self.arm == "llm2slm" or (self.arm == "slm" and self.start == "states"):
             self._check_start()
         for name in ("prompt_max_length", "response_max_length", "max_train_pairs", "max_validation_pairs", "lora_r"):
             value = getattr(self, name)
