@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,15 @@ def test_prompts_are_cut_only_when_asked_for(folders, data, tmp_path):
     output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
     assert texts[2]["response"] == tokenizer.decode(output[0, 2:], skip_special_tokens=True)
     assert cut["loss"] != whole["loss"] and cut["generation"]["prompt_max_length"] == 2
+
+
+def test_prompts_are_cut_as_in_the_training(folders, data, tmp_path):
+    shutil.copytree(folders["causal"], tmp_path / "slm")
+    for recipe, limit in (({"prompt_max_length": 2, "truncate": True}, 2), ({"prompt_max_length": 2}, None)):
+        (tmp_path / "slm" / "run.json").write_text(json.dumps({"recipe": recipe, "data": {}, "llm": None}))
+        output = tmp_path / f"{limit}.json"
+        evaluate("--model", tmp_path / "slm", "--data", data, "--output", output)
+        assert read(output)[0]["generation"]["prompt_max_length"] == limit
 
 
 def test_chats_are_read_through_the_template(folders, tmp_path):

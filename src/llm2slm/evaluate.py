@@ -46,7 +46,12 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-examples", type=positive_int, metavar="N", help="this many, evenly spaced (default: all)"
     )
-    parser.add_argument("--prompt-max-length", type=positive_int, metavar="N", help="cut prompts to this many tokens")
+    parser.add_argument(
+        "--prompt-max-length",
+        type=positive_int,
+        metavar="N",
+        help="cut prompts to this many tokens (default: as the model was trained, if its training cut them)",
+    )
 
     parser.add_argument("--few-shot", type=positive_int, metavar="N", help="put N solved examples before each prompt")
     parser.add_argument("--few-shot-split", default="train", help="where they are from (default: %(default)s)")
@@ -87,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     metrics, pairs = import_extras()
     trained = read_run(args.model)
+    if args.prompt_max_length is None and not (args.few_shot or args.instruction):
+        args.prompt_max_length = trained_prompt_limit(trained["recipe"])
     formats = {
         name: vars(args)[name] if vars(args)[name] is not None else trained["data"].get(name)
         for name in ("prompt_format", "completion_format")
@@ -174,19 +181,27 @@ def import_extras():
 
 def read_run(model: str) -> dict[str, Any]:
     """
-    What `llm2slm train` wrote of the training into the model's folder: `data` and `llm`, empty if it wrote nothing.
+    What `llm2slm train` wrote of the training into the model's folder: `recipe`, `data` and `llm`, empty if it wrote
+    nothing.
 
     Raises:
         ValueError: if the file is something else.
     """
     path = Path(model) / "run.json"
     if not path.is_file():
-        return {"data": {}, "llm": None}
+        return {"recipe": {}, "data": {}, "llm": None}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return {"data": dict(run["data"]), "llm": run["llm"]}
+        return {"recipe": dict(run.get("recipe", {})), "data": dict(run["data"]), "llm": run["llm"]}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not what `llm2slm train` writes: {error!r}.") from error
+
+
+def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
+    """The tokens that the training cut prompts to; `None` if it cut none. A recipe says what is not the default."""
+    from .train_options import TrainOptions
+
+    return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
 
 
 def system_name(args: argparse.Namespace) -> str:

@@ -196,7 +196,6 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
             "fingerprint": fingerprint(examples["train"]),
             "train_pairs": len(examples["train"]),
             "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
-            "test_pairs": None,
             "prompt_format": options.prompt_format,
             "completion_format": options.completion_format,
         },
