@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm2slm.pairs import fingerprint, load_pairs
+from llm2slm.pairs import fingerprint, format_of_text, load_pairs
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "name": {"de": f"n{i}"}} for i in range(10)]
 
@@ -125,3 +125,20 @@ def test_what_is_no_data_set_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="no data set on the Hub of the name 'user/none:de'"):
         load_pairs("user/none:de", "train")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("{prompt}", None),
+        ("{prompt}\n", "{prompt}\n"),
+        ("summarize: {article}", "summarize: {prompt}"),
+        ("{translation[en]}", None),
+        ("{instruction} {input}", None),
+        ("{text!r}", None),
+        ("{{json}}: {text} {{}}", "{{json}}: {prompt} {{}}"),
+    ],
+)
+def test_a_format_of_one_column_is_one_of_a_text(given, expected):
+    assert format_of_text(given) == expected

@@ -21,7 +21,7 @@ from .data import DataCollatorForLLM2SLM, tokenize_pairs
 from .features import cache_prompt_features
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .pairs import load_pairs
+from .pairs import format_of_text, load_pairs
 from .starts import align_projector, start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
@@ -182,6 +182,7 @@ def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | 
         projector_type=options.projector_type,
         projector_hidden_size=options.projector_hidden_size,
         projector_norm=None if options.projector_norm == "none" else options.projector_norm,
+        prompt_format=format_of_text(options.prompt_format),
         **token_mapping,
     )
 

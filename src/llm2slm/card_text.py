@@ -50,10 +50,18 @@ def describe_use(
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
     options = ", ".join(f"{name}={value}" for name, value in generation.items())
     if trained["arm"] == "llm2slm":
+        given = f"prompt = {json.dumps(without_format(prompt, folder), ensure_ascii=False)}"
         where, snippet = use_pipeline(args, folder, bases, model, given, options)
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
     return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
+
+
+def without_format(prompt: str, folder: Path) -> str:
+    """The text of a prompt in the form of the training, which the pipeline brings it into again."""
+    prompt_format = read_json(str(folder / "config.json")).get("prompt_format") or "{prompt}"
+    before, behind = prompt_format.format(prompt="\0").split("\0")[:2]
+    return prompt.removeprefix(before).removesuffix(behind)
 
 
 def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
@@ -192,7 +200,9 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
         f"It was trained for one task, that of its data. {measured}, nor how its responses may mislead or harm.",
     ]
     if trained["data"]["prompt_format"]:
-        lines.append(f"It expects prompts in the form of its training, {as_code(trained['data']['prompt_format'])}.")
+        brought = "; the pipeline brings a text into it" if trained["arm"] == "llm2slm" else ""
+        form = as_code(trained["data"]["prompt_format"])
+        lines.append(f"It expects prompts in the form of its training, {form}{brought}.")
     if trained["arm"] == "llm2slm":
         lines.append(
             f"It works with the LLM it was trained with, {which_llm(folder, bases)}, and no other version of it."

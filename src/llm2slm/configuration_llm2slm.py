@@ -55,6 +55,9 @@ class LLM2SLMConfig(PretrainedConfig):
             Which hidden states of the LLM are read, counted as in `output_hidden_states`: 0 is the input of the first
             layer, `k` the output of layer `k`, -1 the last, after the final norm. States of several layers are
             concatenated. Layers above the highest one are neither run nor kept.
+        prompt_format (`str`, *optional*):
+            What the model was trained to read for a text, such as `"{prompt}\n"`. The pipeline and `llm2slm generate`
+            put texts into it; a tokenizer does not, and chats have the LLM's template.
         llm_name_or_path (`str`, *optional*):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
@@ -68,8 +71,8 @@ class LLM2SLMConfig(PretrainedConfig):
             Whether the checkpoint contains the LLM's weights.
 
     Raises:
-        ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, and for an `llm_layer` the LLM does
-            not have.
+        ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, an `llm_layer` the LLM does not
+            have, and a `prompt_format` without the prompt.
     """
 
     model_type = "llm2slm"
@@ -88,6 +91,7 @@ class LLM2SLMConfig(PretrainedConfig):
         projector_hidden_act="relu",
         projector_norm="layer_norm",
         llm_layer=-1,
+        prompt_format=None,
         llm_name_or_path=None,
         llm_revision=None,
         llm_gguf_file=None,
@@ -104,6 +108,7 @@ class LLM2SLMConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.projector_norm = projector_norm
         self.llm_layer = llm_layer
+        self.prompt_format = prompt_format
         self.llm_name_or_path = llm_name_or_path
         self.llm_revision = llm_revision
         self.llm_gguf_file = llm_gguf_file
@@ -140,6 +145,8 @@ class LLM2SLMConfig(PretrainedConfig):
             raise ValueError(
                 f"`projector_hidden_size` must be a positive integer, got {self.projector_hidden_size!r}."
             )
+        if self.prompt_format is not None and "{prompt}" not in self.prompt_format:
+            raise ValueError(f"`prompt_format` must have {{prompt}} in it, got {self.prompt_format!r}.")
         num_layers = self.llm_text_config.num_hidden_layers
         layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
         for layer in layers:
@@ -157,6 +164,10 @@ class LLM2SLMConfig(PretrainedConfig):
         fields = llm_config.to_dict()
         fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
         return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
+
+    def format_prompt(self, text: str) -> str:
+        """The text as the model was trained to read it."""
+        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
 
     @property
     def llm_text_config(self) -> PretrainedConfig:

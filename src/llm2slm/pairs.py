@@ -81,6 +81,21 @@ def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dat
     return rows.map(texts, with_indices=True, remove_columns=rows.column_names, desc="Reading texts")
 
 
+def format_of_text(prompt_format: str | None) -> str | None:
+    """
+    A format of prompts as one of a text by itself, `{prompt}` in the place of its column: what a configuration keeps.
+    `None` if it changes nothing, or is made of several columns.
+    """
+    parts = list(Formatter().parse(prompt_format or ""))
+    fields = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
+    if len(fields) != 1 or not fields[0][0].isidentifier() or any(fields[0][1:]):
+        return None
+    found = "".join(
+        text.replace("{", "{{").replace("}", "}}") + ("" if field is None else "{prompt}") for text, field, *_ in parts
+    )
+    return None if found == "{prompt}" else found
+
+
 def fingerprint(dataset: Dataset) -> str:
     """The SHA-256 of the pairs' texts in their order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -18,8 +18,9 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
     [{'generated_text': '...'}]
     ```
 
-    Prompts are strings, lists of strings, chats (lists of messages, put through the LLM's chat template), lists of
-    chats, or anything that iterates over them. Every other argument is one of `generate`, but `truncation` and
+    Prompts are strings (put into the configuration's `prompt_format`), lists of strings, chats (lists of messages, put
+    through the LLM's chat template), lists of chats, or anything that iterates over them. Every other argument is one
+    of `generate`, but `truncation` and
     `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors` (ids instead of text) and
     `clean_up_tokenization_spaces`.
     """
@@ -69,6 +70,7 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         if isinstance(inputs, str):
             if not inputs.strip():
                 raise ValueError("The prompt is empty.")
+            inputs = self.model.config.format_prompt(inputs)
         else:  # a chat: a list of messages, or the Chat that Transformers 5 wraps around it
             messages = getattr(inputs, "messages", inputs)
             inputs = self.tokenizer.apply_chat_template(
