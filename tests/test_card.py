@@ -234,8 +234,10 @@ def test_reports_of_other_models_or_data_are_refused(files, run, tmp_path, capsy
     names = ["--run", run, "--llm-name", LLM, "--slm-name", "tester/t5", "--license", "mit"]
     assert_error(capsys, "No report is of", *names, "--report", files / "slm.json")
     other = recorded(files / "slm.json")
-    other["data"]["fingerprint"] = "0" * 64
     (tmp_path / "other.json").write_text(json.dumps(other))
+    rows = [json.loads(line) for line in (files / "slm.jsonl").read_text().splitlines()]
+    others = [json.dumps({**row, "completion": "of another text"}) + "\n" for row in rows]
+    (tmp_path / "other.jsonl").write_text("".join(others))
     both = ["--report", files / "llm2slm.json", tmp_path / "other.json"]
     assert_error(capsys, "are about different data", *names, *both)
     assert_error(capsys, "There is no file", *names, "--report", tmp_path / "nowhere.json")

@@ -428,6 +428,14 @@ def test_one_report_is_a_table_too(reports, capsys):
     assert "| bad |" in output and "Minus" not in output
 
 
+def test_prompts_in_other_forms_are_still_the_same_data(reports, capsys):
+    second = Path(reports[1])
+    report = json.loads(second.read_text())
+    second.write_text(json.dumps({**report, "data": {**report["data"], "fingerprint": "of other prompts"}}))
+    assert cli.main(["evaluate", "--compare", *reports[:2]]) is None
+    assert "Minus" in capsys.readouterr().out
+
+
 def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
     first, second = Path(reports[0]), Path(reports[1])
     output = tmp_path / "table.md"
@@ -443,8 +451,9 @@ def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
     assert_one_line_error(capsys, ["--compare", first, second], "row 1 has no response")
     second.with_suffix(".jsonl").unlink()
     assert_one_line_error(capsys, ["--compare", first, second], "no", "good.jsonl")
-    report = json.loads(second.read_text())
-    second.write_text(json.dumps({**report, "data": {"fingerprint": "other", "examples": 60}}))
+    rows = [json.loads(line) for line in texts.splitlines()]
+    rows[7]["completion"] = "another"
+    second.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_one_line_error(capsys, ["--compare", first, second], "different data")
     second.write_text(json.dumps({"systems": []}))
     assert_one_line_error(capsys, ["--compare", first, second], "not a report", "system, data")

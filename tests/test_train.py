@@ -139,6 +139,13 @@ def test_the_best_checkpoint_is_the_result(recipe, tmp_path):
         assert torch.equal(parameter, best_model.state_dict()[name])
 
 
+def test_a_machine_without_an_accelerator_trains_in_bfloat16_unasked(recipe):
+    if torch.accelerator.is_available():
+        pytest.skip("needs a machine with a CPU alone")
+    assert train(recipe, use_cpu=None, bf16=True, max_steps=2, validation_split="none") is None
+    assert report(recipe)["train"]["steps"] == 2
+
+
 def test_without_validation_the_last_step_is_the_result(recipe, tmp_path):
     train(recipe, validation_split="none", save_steps=6)
     run = report(recipe)

@@ -175,6 +175,8 @@ class TrainerOptions(Seq2SeqTrainingArguments):
             self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.label_names = ["labels"]
+        # The Trainer refuses bfloat16 on a machine that has a CPU alone, unless told that this is what is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 
