@@ -176,7 +176,7 @@ class TrainerOptions(Seq2SeqTrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self.label_names = ["labels"]
         # The Trainer refuses bfloat16 on a machine that has a CPU alone, unless told that this is what is meant.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 
