@@ -137,6 +137,7 @@ def test_a_saved_tokenizer_loads_with_the_same_behaviour(slm_tokenizer, tmp_path
         "llm_tokenizer/tokenizer_config.json",
     }
     assert len(files) >= 4
+    assert "\n" not in (folder / "llm_tokenizer" / "tokenizer.json").read_text()  # as small as can be
     expected = behaviour(tokenizer)  # saving left it as it was
     if loader == "class":
         loaded = LLM2SLMTokenizer.from_pretrained(folder)
