@@ -154,6 +154,21 @@ def test_prompts_are_padded_on_the_llms_side_and_labels_at_their_end(tokenizer, 
 
 
 @pytest.mark.parametrize("slm", ["t5", "bart", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_lengths_are_rounded_up_without_another_loss(slm_tokenizer, side, slm):
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(padding_side=side), slm_tokenizer)
+    rows = tokenize_pairs(pairs(["w1 w2 w3", "w4"], ["ab", "abcde"]), tokenizer, 16, 16).to_list()
+    rows = [{**row, "prompt_hidden_states": torch.randn(len(row["input_ids"]), 24)} for row in rows]
+    exact = DataCollatorForLLM2SLM(tokenizer)(rows)
+    rounded = DataCollatorForLLM2SLM(tokenizer, pad_to_multiple_of=8)(rows)
+    assert exact["input_ids"].shape[1] < 8 and exact["labels"].shape[1] < 8
+    assert rounded["input_ids"].shape == rounded["attention_mask"].shape == rounded["labels"].shape == (2, 8)
+    assert rounded["prompt_hidden_states"].shape == (2, 8, 24)
+    model = build_model(slm=slm).eval()
+    torch.testing.assert_close(model(**rounded).loss, model(**exact).loss)
+
+
+@pytest.mark.parametrize("slm", ["t5", "bart", "llama"])
 def test_with_the_model_a_batch_has_what_the_decoder_is_fed(tokenizer, slm):
     model = build_model(slm=slm)
     batch = DataCollatorForLLM2SLM(tokenizer, model=model)(ROWS)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
@@ -163,6 +164,7 @@ class DataCollatorForLLM2SLM:
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
             The model to train. `SFTTrainer` needs it: the batch then has `decoder_input_ids`,
             `decoder_attention_mask` and `shift_labels` too.
+        pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
         ValueError: for an empty side, for examples that `SFTTrainer` tokenized, and for states of another length than
@@ -171,13 +173,14 @@ class DataCollatorForLLM2SLM:
 
     tokenizer: LLM2SLMTokenizer
     model: PreTrainedModel | None = None
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The examples as one batch of tensors."""
         columns = {name: [row[name] for row in examples] for name in examples[0]}
         if "input_ids" not in columns:
             columns |= _encode(columns["prompt"], columns["completion"], self.tokenizer, range(len(examples)))
-        pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer)
+        pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         batch = dict(pad([{"input_ids": ids} for ids in columns["input_ids"]]))
         if "labels" in columns:
             batch |= self._response(columns["labels"])
@@ -197,6 +200,7 @@ class DataCollatorForLLM2SLM:
                 "collator: `SFTConfig(remove_unused_columns=False, dataset_kwargs={'skip_prepare_dataset': True})`."
             )
         padded = pad_sequence(rows, batch_first=True, padding_value=-100)  # (batch_size, response_length)
+        padded = F.pad(padded, (0, -padded.shape[1] % (self.pad_to_multiple_of or 1)), value=-100)
         if self.model is None:
             return {"labels": padded}
         return {
