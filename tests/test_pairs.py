@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm2slm.pairs import fingerprint, format_of_text, load_pairs
+from llm2slm.pairs import fingerprint, format_of_text, load_pairs, recorded_source
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "name": {"de": f"n{i}"}} for i in range(10)]
 
@@ -142,3 +142,12 @@ def test_what_is_no_data_set_is_said(tmp_path, monkeypatch):
 )
 def test_a_format_of_one_column_is_one_of_a_text(given, expected):
     assert format_of_text(given) == expected
+
+
+def test_a_place_is_recorded_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    assert recorded_source("data/mine") == "./data/mine"
+    assert recorded_source("./data/mine") == "./data/mine"
+    assert recorded_source(str(tmp_path)) == str(tmp_path)
+    assert recorded_source("someone/theirs") == "someone/theirs"

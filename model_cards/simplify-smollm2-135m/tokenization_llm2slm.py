@@ -90,6 +90,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         config.pop("auto_map", None)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, ensure_ascii=False)
+        _without_indent(os.path.join(folder, "tokenizer.json"))
         self.llm_tokenizer = None  # not a field of this tokenizer's own configuration
         try:
             return tuple(super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)) + tuple(
@@ -170,6 +171,14 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         if not ended and row and row[0] == self.bos_token_id:
             row = row[1:]
         return [*row, self.eos_token_id]
+
+
+def _without_indent(path: str) -> None:
+    """Writes a JSON file anew: one of a large vocabulary is mostly indentation."""
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, separators=(",", ":"))
 
 
 def _as_prompt_tokenizer(tokenizer):

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         "system": system_name(args),
         "model": args.model,
         "data": {
-            "source": args.data,
+            "source": pairs.recorded_source(args.data),
             "split": args.split,
             "fingerprint": pairs.fingerprint(dataset),
             "examples": len(rows),

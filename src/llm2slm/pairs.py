@@ -104,6 +104,13 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def recorded_source(source: str) -> str:
+    """A data set's name for reports: `./` before a relative place, which could be read as a name on the Hub."""
+    return (
+        os.path.join(os.curdir, source) if os.path.exists(source) and not source.startswith((".", os.sep)) else source
+    )
+
+
 def _load_split(source: str, split: str) -> Dataset:
     if os.path.isdir(source):
         try:

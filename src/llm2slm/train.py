@@ -32,7 +32,7 @@ from .cli import main
 from .loading_llm2slm import resolve_revision, split_gguf
 from .machine import give_back_freed_memory
 from .optim import parameter_groups
-from .pairs import fingerprint
+from .pairs import fingerprint, recorded_source
 from .run_folder import (
     ELSEWHERE,
     REPORT,
@@ -203,7 +203,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
         "llm": _source(options.llm) if options.llm else None,
         "slm": None if options.arm == "llm" else _slm_source(options),
         "data": {
-            "source": options.data,
+            "source": recorded_source(options.data),
             "fingerprint": fingerprint(examples["train"]),
             "train_pairs": len(examples["train"]),
             "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
