@@ -24,6 +24,7 @@ from conftest import (
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, LosslessOutput, drafting_llm2slm
+from llm2slm.drafting_llm2slm import _FewRows
 
 PROMPT = build_prompts((9,))[0][None]
 WRITING_LLMS = ["t5", "t5gemma", "bart", "llama", "gemma3", "gpt2"]
@@ -461,3 +462,17 @@ def test_refuses_models_that_cannot_take_tokens_back(llm, noisy, monkeypatch):
 def test_passed_as_assistant_model_it_names_the_lossless_mode(llm, noisy):
     with pytest.raises(ValueError, match=r"call `model.generate_lossless\(..., llm=llm\)`"):
         llm.generate(PROMPT, assistant_model=noisy, do_sample=False, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 9])
+def test_a_few_rows_at_once_are_what_linear_gives(rows, with_bias):
+    layer = torch.nn.Linear(48, 24, bias=with_bias)
+    inputs = torch.randn(1, rows, 48)
+    with torch.no_grad():
+        expected = layer(inputs)
+        with _FewRows():
+            output = layer(inputs)
+            lower = layer.to(torch.bfloat16)(inputs.to(torch.bfloat16))
+    assert output.is_contiguous() and lower.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected)

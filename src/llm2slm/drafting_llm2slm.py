@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput
@@ -238,7 +240,9 @@ def _draft_and_verify(
             arguments |= {"encoder_outputs": encoder_outputs, "decoder_input_ids": new_ids}
         else:
             arguments["input_ids"] = new_ids
-        logits = llm(**arguments).logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
+        with _FewRows():
+            output = llm(**arguments)
+        logits = output.logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
         # 3. Write the LLM's tokens, as far as the draft agrees with them and one further.
         matches = 0
         for position in range(len(draft) + 1):
@@ -267,6 +271,25 @@ def _draft_and_verify(
         accepted_tokens=accepted_tokens,
         acceptance_rate=accepted_tokens / max(draft_tokens, 1),
     )
+
+
+class _FewRows(TorchFunctionMode):
+    """
+    Has linear layers read a few rows at once in half the time. In float32 on a CPU, `linear` takes twice as long for
+    two rows as for one, and the same product from the left, W @ x.T, hardly longer.
+    """
+
+    ROWS = range(2, 9)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and not kwargs and args[0].device.type == "cpu" and args[0].dtype == torch.float32:
+            inputs, weight, *bias = args
+            dense = type(weight) in (torch.Tensor, torch.nn.Parameter)  # not one of a quantization library
+            if dense and inputs.numel() // inputs.shape[-1] in self.ROWS:
+                output = torch.mm(weight, inputs.reshape(-1, inputs.shape[-1]).t()).t().contiguous()
+                output = output.view(*inputs.shape[:-1], -1)
+                return output if not bias or bias[0] is None else output + bias[0]
+        return function(*args, **(kwargs or {}))
 
 
 class _Drafter:
