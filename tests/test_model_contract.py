@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, TextIteratorStreamer
 
-from llm2slm import LLM2SLMForConditionalGeneration
+from llm2slm import LLM2SLMForConditionalGeneration, modeling_llm2slm
 
 MATRIX = list(itertools.product(LLM_KINDS, SLM_KINDS, FUSIONS))
 PROMPTS = build_prompts()
@@ -236,6 +236,31 @@ def test_an_llm_passed_as_an_object_is_not_changed_by_reading_a_lower_layer(kind
         assert found.equal(expected)
     shared = {parameter.data_ptr() for parameter in llm.parameters()}
     assert {parameter.data_ptr() for parameter in model.llm.parameters()} < shared  # and not copied
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_prompts_of_other_lengths_are_read_in_another_run_when_that_saves_time(kind, side, count_calls, monkeypatch):
+    model = build_model(llm=kind)
+    prompt = padded(build_prompts((3, 9, 2, 9)), side)
+    mask = prompt["attention_mask"].bool()
+    calls = count_calls(model.llm)
+    together = model.encode_hidden_states(**prompt)
+    assert len(calls) == 1
+    monkeypatch.setattr(modeling_llm2slm, "RUN_TOKENS", 4)  # less than the 13 tokens of padding
+    apart = model.encode_hidden_states(**prompt)
+    assert len(calls) == 3 and apart.shape == together.shape
+    torch.testing.assert_close(apart[mask], together[mask], atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_of_its_own_has_to_save_more_than_it_costs():
+    model = build_model()
+    lengths = torch.tensor([20, 100, 19, 101, 50])
+    mask = (torch.arange(101) < lengths[:, None]).long()
+    runs = {frozenset(rows) for rows in model._rows_run_together(mask)}
+    assert runs == {frozenset({1, 3}), frozenset({4}), frozenset({0, 2})}
+    mask = (torch.arange(101) < torch.tensor([80, 100, 90, 101])[:, None]).long()  # 33 tokens of padding, 32 a run
+    assert len(model._rows_run_together(mask)) == 1
 
 
 def test_the_head_of_an_encoder_passed_as_an_object_is_not_read():
