@@ -65,7 +65,7 @@ class LosslessGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         max_draft_tokens: int = 16,
-        draft_confidence: float = 0.15,
+        draft_confidence: float = 0.25,
         **kwargs,
     ) -> LosslessOutput:
         r"""
@@ -73,8 +73,9 @@ class LosslessGenerationMixin(GenerationMixin):
         some tokens, and one run of the LLM verifies all of them. The LLM encodes the prompt once, for both.
 
         Tokens are the same up to ties: a run over several positions rounds differently than one over a single
-        position, so where two tokens score the same to the last bits of the dtype, the other one may be chosen. Of
-        SmolLM2-135M's responses to 20 real prompts none changed in float32, and 2 in bfloat16, both at a tie.
+        position, so where two tokens score the same to the last bit of the dtype, the other one may be chosen. Of
+        SmolLM2-135M's responses to 200 real prompts none changed in float32, and 55 in bfloat16, which tells scores
+        apart by a hundredth only (results/simplify).
 
         Args:
             inputs (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
@@ -90,7 +91,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 1 for tokens, 0 for padding on either side. All ones if omitted.
             max_draft_tokens (`int`, *optional*, defaults to 16):
                 How many tokens the SLM drafts at most before the LLM verifies them.
-            draft_confidence (`float`, *optional*, defaults to 0.15):
+            draft_confidence (`float`, *optional*, defaults to 0.25):
                 The SLM drafts on while the probability it gives to the whole draft is at least this. A further token
                 is of use only if the whole draft before it is right, so the best value is about what a step of the
                 SLM costs in runs of the LLM.
