@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput
@@ -63,7 +65,7 @@ class LosslessGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         max_draft_tokens: int = 16,
-        draft_confidence: float = 0.15,
+        draft_confidence: float = 0.25,
         **kwargs,
     ) -> LosslessOutput:
         r"""
@@ -71,8 +73,9 @@ class LosslessGenerationMixin(GenerationMixin):
         some tokens, and one run of the LLM verifies all of them. The LLM encodes the prompt once, for both.
 
         Tokens are the same up to ties: a run over several positions rounds differently than one over a single
-        position, so where two tokens score the same to the last bits of the dtype, the other one may be chosen. Of
-        SmolLM2-135M's responses to 20 real prompts none changed in float32, and 2 in bfloat16, both at a tie.
+        position, so where two tokens score the same to the last bit of the dtype, the other one may be chosen. Of
+        SmolLM2-135M's responses to 200 real prompts none changed in float32, and 55 in bfloat16, which tells scores
+        apart by a hundredth only (results/simplify).
 
         Args:
             inputs (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
@@ -88,7 +91,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 1 for tokens, 0 for padding on either side. All ones if omitted.
             max_draft_tokens (`int`, *optional*, defaults to 16):
                 How many tokens the SLM drafts at most before the LLM verifies them.
-            draft_confidence (`float`, *optional*, defaults to 0.15):
+            draft_confidence (`float`, *optional*, defaults to 0.25):
                 The SLM drafts on while the probability it gives to the whole draft is at least this. A further token
                 is of use only if the whole draft before it is right, so the best value is about what a step of the
                 SLM costs in runs of the LLM.
@@ -238,7 +241,9 @@ def _draft_and_verify(
             arguments |= {"encoder_outputs": encoder_outputs, "decoder_input_ids": new_ids}
         else:
             arguments["input_ids"] = new_ids
-        logits = llm(**arguments).logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
+        with _FewRows():
+            output = llm(**arguments)
+        logits = output.logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
         # 3. Write the LLM's tokens, as far as the draft agrees with them and one further.
         matches = 0
         for position in range(len(draft) + 1):
@@ -267,6 +272,25 @@ def _draft_and_verify(
         accepted_tokens=accepted_tokens,
         acceptance_rate=accepted_tokens / max(draft_tokens, 1),
     )
+
+
+class _FewRows(TorchFunctionMode):
+    """
+    Has linear layers read a few rows at once in half the time. In float32 on a CPU, `linear` takes twice as long for
+    two rows as for one, and the same product from the left, W @ x.T, hardly longer.
+    """
+
+    ROWS = range(2, 9)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and not kwargs and args[0].device.type == "cpu" and args[0].dtype == torch.float32:
+            inputs, weight, *bias = args
+            dense = type(weight) in (torch.Tensor, torch.nn.Parameter)  # not one of a quantization library
+            if dense and inputs.numel() // inputs.shape[-1] in self.ROWS:
+                output = torch.mm(weight, inputs.reshape(-1, inputs.shape[-1]).t()).t().contiguous()
+                output = output.view(*inputs.shape[:-1], -1)
+                return output if not bias or bias[0] is None else output + bias[0]
+        return function(*args, **(kwargs or {}))
 
 
 class _Drafter:
