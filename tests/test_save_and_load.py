@@ -480,6 +480,16 @@ def test_lora_trains_the_slms_adapters_and_the_projector_alone(slm):
     assert not any(module.training for module in adapted.base_model.model.llm.modules())
 
 
+def test_a_model_with_the_layers_of_an_adapter_in_it_is_not_saved_as_a_checkpoint(llm_folder, tmp_path):
+    model = build_model(llm_folder)
+    adapted = with_lora(model)
+    with pytest.raises(ValueError, match=r"PEFT has put its layers in this model.*merge_and_unload\(\)"):
+        model.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert logits(load(tmp_path / "merged")).equal(logits(model))
+
+
 @pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_an_adapter_is_saved_loaded_merged_and_generates(slm, llm_folder, tmp_path):
     model = build_model(llm_folder, slm)
