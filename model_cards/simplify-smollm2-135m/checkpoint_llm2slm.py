@@ -148,10 +148,17 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for `include_llm=True` on a model without its LLM, for `include_llm=False` on one whose LLM has
-                no place of its own, and for `safe_serialization=False`.
+                no place of its own, for `safe_serialization=False`, and for a model that PEFT has put its layers in.
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("Checkpoints are safetensors only: `safe_serialization=False` is not supported.")
+        adapted = next((name for name, _ in self.named_modules() if name.endswith(".base_layer")), None)
+        if adapted is not None and not getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"PEFT has put its layers in this model ({adapted!r}): a checkpoint of it could not be loaded. Save "
+                "what `merge_and_unload()` of the PEFT model returns (`trainer.model` after a training), or that PEFT "
+                "model for its adapter alone."
+            )
         if include_llm is None:
             include_llm = self.config.include_llm or self.config.llm_name_or_path is None
         if include_llm and self.llm is None:
