@@ -156,6 +156,24 @@ def test_a_trimmed_tokenizer_keeps_any_other_text(build):
 
 
 @every_kind
+def test_a_tokenizer_trimmed_to_a_size_keeps_the_most_used_tokens_and_any_text(build):
+    tokenizer = build()
+    all_used, _ = trim_tokenizer(tokenizer, TEXTS)
+    size = len(all_used) - 2
+    small, token_ids = trim_tokenizer(tokenizer, [TEXTS[0]] * 50 + TEXTS, vocab_size=size)
+    least, _ = trim_tokenizer(tokenizer, TEXTS, vocab_size=1)  # special tokens and bytes or characters are kept
+    assert len(least) < len(small) <= size
+    assert [token_ids[i] for i in small(TEXTS[0])["input_ids"]] == tokenizer(TEXTS[0])["input_ids"]
+    for trimmed in (small, least):
+        lengths = [len(trimmed(text)["input_ids"]) - len(tokenizer(text)["input_ids"]) for text in TEXTS]
+        assert min(lengths) >= 0 and sum(lengths) > 0
+        for text in TEXTS:
+            ids = trimmed(text, add_special_tokens=False)["input_ids"]
+            old_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert trimmed.decode(ids) == tokenizer.decode(old_ids)
+
+
+@every_kind
 def test_trimming_leaves_the_tokenizer_as_it_is_and_another_trim_changes_nothing(build):
     tokenizer = build()
     before = tokenizer.backend_tokenizer.to_str()

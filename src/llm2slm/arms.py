@@ -26,6 +26,7 @@ from .starts import align_projector, start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
+FRESH_VOCAB_SIZE = 8192
 PAD_TO_MULTIPLE_OF = 8  # fewer different sizes: freed memory fits the next batch, and a GPU's matrix units are used
 
 
@@ -197,9 +198,10 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
     # Its tokens are those it writes and, unless the LLM's states take the prompt's place, those it reads.
     reads = options.arm == "slm" or (options.fusion == "add" and options.slm_tokenizer == "trimmed")
     if options.slm_tokenizer == "trimmed":
-        tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads))
+        tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads), options.vocab_size)
     elif source == "fresh" and options.slm_tokenizer == "own":
-        tokenizer, token_ids = train_tokenizer(texts_of(pairs, llm_tokenizer, reads), options.vocab_size), None
+        vocab_size = options.vocab_size or FRESH_VOCAB_SIZE
+        tokenizer, token_ids = train_tokenizer(texts_of(pairs, llm_tokenizer, reads), vocab_size), None
         tokenizer.chat_template = llm_tokenizer and llm_tokenizer.chat_template  # both read the same text
     else:
         tokenizer = llm_tokenizer if source in ("fresh", options.llm) else load_tokenizer(source)

@@ -17,6 +17,7 @@ Choices made here:
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -68,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def trim_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], vocab_size: int | None = None
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     r"""
     Trims a tokenizer to the tokens that texts use. Kept besides are the tokens these are merged from, the bytes (or,
@@ -77,7 +78,10 @@ def trim_tokenizer(
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast one whose model is a BPE or Unigram. It is left as it is.
-        texts (`Iterable[str]`): All that is to be encoded into the same tokens as before.
+        texts (`Iterable[str]`): What is to be encoded into the same tokens as before.
+        vocab_size (`int`, *optional*):
+            Number of tokens, at most, where the bytes, special and added ones leave that room: the most used are kept,
+            and a text with others becomes more tokens than before. All that the texts use if omitted.
 
     Returns:
         The trimmed tokenizer and, for each of its ids, the id that `tokenizer` has for the token.
@@ -104,11 +108,16 @@ def trim_tokenizer(
     special = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
 
     # 1. What is kept.
-    kept = {names[i] for i in {i for ids in _encode(source, texts) for i in ids}}
-    kept |= {*special.values(), *_post_processor_tokens(post_processor)}
-    kept |= _bpe_needs(model, kept) if model["type"] == "BPE" else _unigram_needs(model)
-    # 2. New ids, in the old order; added tokens outside of the model's own vocabulary come behind it, as ever.
     own = set(model["vocab"] if model["type"] == "BPE" else (piece for piece, _ in model["vocab"]))
+    ranks = {tuple(pair): rank for rank, pair in enumerate(model.get("merges", ()))}
+    always = [*special.values(), *_post_processor_tokens(post_processor)]
+    used = Counter(names[i] for ids in _encode(source, texts) for i in ids)
+    kept = _any_text_needs(model)
+    for token in [*always, *(token for token, _ in used.most_common())]:
+        more = {token} | (_parts(token, ranks) if token in own else set())
+        if vocab_size is None or token in always or token not in own or len(kept) + len(more - kept) <= vocab_size:
+            kept |= more
+    # 2. New ids, in the old order; added tokens outside of the model's own vocabulary come behind it, as ever.
     tokens = sorted(kept, key=lambda token: (token not in own, old_ids[token]))
     new_ids = {token: new_id for new_id, token in enumerate(tokens)}
     # 3. The tokenizer without the rest.
@@ -126,7 +135,7 @@ def trim_tokenizer(
 
     token_ids = [old_ids[token] for token in tokens]
     for before, after in zip(_encode(source, texts), _encode(trimmed, texts), strict=True):
-        if before != [token_ids[i] for i in after]:
+        if before != [token_ids[i] for i in after] and kept.issuperset(names[i] for i in before):
             raise ValueError(f"{type(tokenizer).__name__} cannot be trimmed: a text would become other tokens.")
     return PreTrainedTokenizerFast(
         tokenizer_object=trimmed,
@@ -165,15 +174,11 @@ def _encode(tokenizer: Tokenizer, texts: list[str]):
             yield encoding.ids
 
 
-def _bpe_needs(model: dict, used: set[str]) -> set[str]:
-    """The tokens that `used` ones are merged from, and those that any text can be written in."""
-    ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
-    parts = {part for token in used & model["vocab"].keys() for part in _parts(token, ranks)}
-    return parts | _base_tokens(model["vocab"], model) | ({model["unk_token"]} - {None})
-
-
 def _parts(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
-    """The tokens that a BPE makes on its way from the characters of `token` to it; none if it never gets there."""
+    """
+    The tokens that a BPE makes on its way from the characters of `token` to it; none if it never gets there, as the
+    pieces of a Unigram, which has no ranks.
+    """
     symbols = list(token)
     parts = set(symbols)
     while len(symbols) > 1:
@@ -185,8 +190,10 @@ def _parts(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
     return parts
 
 
-def _unigram_needs(model: dict) -> set[str]:
-    """The pieces that any text can be written in."""
+def _any_text_needs(model: dict) -> set[str]:
+    """The tokens that any text can be written in."""
+    if model["type"] == "BPE":
+        return _base_tokens(model["vocab"], model) | ({model["unk_token"]} - {None})
     pieces = [piece for piece, _ in model["vocab"]]
     # An unknown character scores 10 less than the worst piece: without that one, another segmentation might win.
     worst, _ = min(model["vocab"], key=lambda entry: entry[1])

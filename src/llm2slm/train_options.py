@@ -70,7 +70,10 @@ class TrainOptions:
         "own", "own: the SLM's, trained on the text for a fresh one; llm: the LLM's; trimmed: the LLM's, of the text's"
         " tokens"
     )  # fmt: skip
-    vocab_size: int = _option(8192, "of the tokenizer that is trained for a fresh SLM")
+    vocab_size: int | None = _option(
+        None,
+        "tokens at most, of a tokenizer trained for a fresh SLM (8192 if omitted) or trimmed (the most used ones)",
+    )
     hidden_size: int = _option(256, "width of a fresh SLM")
     num_hidden_layers: int = _option(4, "depth of a fresh SLM")
     slm_layers: list[int] | None = _option(None, "layers of a slice, from 0")
@@ -97,7 +100,14 @@ class TrainOptions:
             self._check_slm()
         if self.arm == "llm2slm" or (self.arm == "slm" and self.start == "states"):
             self._check_start()
-        for name in ("prompt_max_length", "response_max_length", "max_train_pairs", "max_validation_pairs", "lora_r"):
+        for name in (
+            "prompt_max_length",
+            "response_max_length",
+            "vocab_size",
+            "max_train_pairs",
+            "max_validation_pairs",
+            "lora_r",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
