@@ -268,23 +268,10 @@ def test_lora_on_the_slm_is_merged_into_the_result(recipe, files):
 
 
 # ---------------------------------------------------------------------------------------------------------- the start
-def test_a_start_at_zero_and_an_aligned_one(recipe, files):
+def test_a_start_at_zero(recipe, files):
     still = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1, "llm": str(files / "bpe"), "slm": "slice"}
-    still |= {"slm_layers": [0]}
-    starts = {}
-    for start, fusion in (("random", "replace"), ("aligned", "replace"), ("zero", "add")):
-        output = f"{recipe['output_dir']}-{start}"
-        assert train({**recipe, **still}, start=start, fusion=fusion, output_dir=output) is None
-        starts[start] = load({"output_dir": output})
-    assert starts["zero"].projector.out.weight.abs().max() < 1e-9
-    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
-    ids = torch.tensor([build_slm_tokenizer()(" ".join(pair["prompt"] for pair in pairs[:2]))["input_ids"]])
-    embeddings = starts["random"].slm.get_input_embeddings()(ids)
-    errors = {
-        name: (starts[name].encode_prompt(ids).prompt_embeds - embeddings).square().mean()
-        for name in ("random", "aligned")
-    }
-    assert errors["aligned"] < 0.8 * errors["random"]
+    assert train({**recipe, **still}, slm_layers=[0], start="zero", fusion="add") is None
+    assert load(recipe).projector.out.weight.abs().max() < 1e-9
 
 
 def test_a_slice_of_the_upper_layers_starts_at_the_llms_states(recipe, files):
@@ -420,7 +407,7 @@ def assert_refused(capsys, recipe, *fragments, **changes):
         ({"slm": "llama", "slm_tokenizer": "trimmed"}, ["has its own tokenizer", "'own', got 'trimmed'"]),
         ({"slm": "slice", "slm_layers": [7]}, ["each from 0 to 1", "got [7]"]),
         ({"start": "zero"}, ["`start: zero` needs `fusion: add`"]),
-        ({"start": "aligned", "cache_features": False}, ["needs `cache_features: true`"]),
+        ({"start": "states", "cache_features": False}, ["needs `cache_features: true`"]),
         ({"start": "zero", "fusion": "add"}, ["A start at zero needs", "shared_tokenizer=True"]),
         ({"llm_layer": [9]}, ["`llm_layer` must be an integer from -3 to 2"]),
         ({"vocab_size": 100}, ["`vocab_size` must be at least 258"]),

@@ -22,7 +22,7 @@ from .features import cache_prompt_features
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
-from .starts import align_projector, start_at_zero, start_from_states
+from .starts import start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
@@ -144,9 +144,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         model.llm.to(device)
         examples = cache_features(options, examples, model)
         model.llm.to("cpu")
-        if options.start == "aligned":
-            align_projector(model, examples["train"], tokenizer)
-        elif options.start == "states":
+        if options.start == "states":
             start_from_states(model, examples["train"])
     alone = options.arm == "slm"
     (model.slm if alone else model).save_pretrained(folder)

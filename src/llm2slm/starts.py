@@ -1,21 +1,18 @@
 """Where projector and SLM start, other than at random.
 
 - `start_at_zero`: the model equals the SLM alone.
-- `align_projector`: projections are close to the SLM's own embeddings of the same text.
-- `start_from_states`: the other way round. The SLM is a slice of the LLM's upper layers, which read the LLM's states
-  as they are, and its embeddings of the response become the mean states of the same tokens.
-"""
+- `start_from_states`: the SLM is a slice of the LLM's upper layers, which read the LLM's states as they are, and its
+  embeddings of the response become the mean states of the same tokens.
 
-import json
-from typing import Any
+A projector fitted to the SLM's own embeddings of the prompt was tried, and no better than a random one
+(results/choosing.md).
+"""
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
 from torch import nn
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
-ROWS_PER_SUM = 32  # one product of large matrices takes far less time than many of small ones
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
 
 
@@ -35,65 +32,10 @@ def start_at_zero(model):
     if config.fusion != "add" or not config.shared_tokenizer:
         raise ValueError(
             "A start at zero needs `fusion='add'` and `shared_tokenizer=True`, which add the projections to the SLM's "
-            f"own embeddings; got {config.fusion!r} and {config.shared_tokenizer}. `align_projector` is for the rest."
+            f"own embeddings; got {config.fusion!r} and {config.shared_tokenizer}."
         )
     nn.init.zeros_(model.projector.out.weight)
     nn.init.zeros_(model.projector.out.bias)
-
-
-@torch.no_grad()
-def align_projector(model, dataset: Dataset, tokenizer, max_rows: int = 4096) -> float:
-    r"""
-    Fits the projector's last layer, by ridge regression in closed form, to the SLM's own embeddings of the prompt: the
-    SLM then begins with prompts it understands. The rest of the projector stays as it is.
-
-    An LLM's token that the SLM's tokenizer shares has its embedding as the target; of two tokenizers, the mean
-    embedding of the SLM's tokens that overlap it in the text. Special tokens of the LLM that are no text are left out.
-
-    Args:
-        model ([`LLM2SLMForConditionalGeneration`]):
-            Changed in place. With `fusion="replace"`, or `"add"` and two tokenizers, where the layer that projects the
-            LLM's input embeddings is fitted together with the projector's last.
-        dataset (`datasets.Dataset`):
-            With the columns `input_ids` (prompts, LLM's tokenizer) and `prompt_hidden_states` (from
-            [`~llm2slm.features.cache_prompt_features`]).
-        tokenizer ([`LLM2SLMTokenizer`]): Both tokenizers.
-        max_rows (`int`, *optional*, defaults to 4096): This many rows are fitted to, evenly spaced.
-
-    Returns:
-        `float`: The share of the targets' variance that is explained (R²), on the rows fitted to.
-
-    Raises:
-        ValueError: if a column is missing, if no token has a target, and with `fusion="add"` and one tokenizer, whose
-            prompts are there already (see [`start_at_zero`]).
-    """
-    if model.config.fusion == "add" and model.config.shared_tokenizer:
-        raise ValueError(
-            "With `fusion='add'` and one tokenizer the SLM's own embeddings are added already: use `start_at_zero`."
-        )
-    _check_columns(dataset)
-    targets_of = _own_targets(model) if model.config.shared_tokenizer else _overlap_targets(model, tokenizer)
-    projector = model.projector
-    layers = [layer for layer in (projector.out, projector.llm_embeddings) if layer is not None]
-    regression = _Regression(sum(layer.in_features for layer in layers), model.config.slm_hidden_size)
-    rows = range(0, len(dataset), -(-len(dataset) // max_rows))
-    for start in range(0, len(rows), ROWS_PER_SUM):
-        inputs, targets = [], []
-        for index in rows[start : start + ROWS_PER_SUM]:
-            row = dataset[index]
-            row_targets, known = targets_of([int(i) for i in row["input_ids"]])
-            states = torch.as_tensor(row["prompt_hidden_states"]).to(projector.out.weight.device)
-            inputs.append(_inputs_of(layers, projector, states)[known])
-            targets.append(row_targets[known])
-        regression.add(torch.cat(inputs), torch.cat(targets))
-    if regression.count == 0:
-        raise ValueError("No token of the prompts has a target: the SLM's tokenizer knows none of their text.")
-    weight, bias, r_squared = regression.solve()
-    for layer, part in zip(layers, weight.split([layer.in_features for layer in layers], dim=1), strict=True):
-        layer.weight.copy_(part)
-        nn.init.zeros_(layer.bias)
-    projector.out.bias.copy_(bias)
-    return r_squared
 
 
 @torch.no_grad()
@@ -175,65 +117,6 @@ def _check_columns(dataset: Dataset):
             f"The data set lacks the column(s) {sorted(missing)}, it has {dataset.column_names}: tokenize it, then "
             "`cache_prompt_features`."
         )
-
-
-# ------------------------------------------------------------------------------------------------------------- targets
-def _own_targets(model):
-    """The SLM's embeddings of the LLM's ids, which are its own or mapped to them; and which of them it has."""
-
-    def targets_of(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        prompt = torch.tensor(ids, device=model.projector.out.weight.device)
-        if model.prompt_token_map is not None:
-            prompt = model.prompt_token_map.to(prompt.device)[prompt].long()
-        return model._embed_with_slm(prompt.clamp(min=0)[None])[0], prompt >= 0
-
-    return targets_of
-
-
-def _overlap_targets(model, tokenizer):
-    """The mean embeddings of the SLM's tokens that overlap each of the LLM's in the text; and which have one."""
-    llm_tokenizer, slm_tokenizer = tokenizer.llm_tokenizer, tokenizer.slm_tokenizer
-    llm_reader, slm_reader = _reader(llm_tokenizer), _reader(slm_tokenizer)
-    special = torch.tensor(llm_tokenizer.all_special_ids)
-
-    def targets_of(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        text = llm_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        read, written = llm_reader.encode(text), slm_reader.encode(text)
-        device = model.projector.out.weight.device
-        embeddings = model._embed_with_slm(torch.tensor([written.ids], dtype=torch.long, device=device))[0]
-        if read.ids != ids:  # what the text was cannot be told from the ids
-            return embeddings.new_zeros(len(ids), embeddings.shape[-1]), torch.zeros(len(ids), dtype=torch.bool)
-        starts, ends = torch.tensor(read.offsets).T[:, :, None]  # (llm_tokens, 1) each
-        slm_starts, slm_ends = torch.tensor(written.offsets).reshape(-1, 2).T  # (slm_tokens,) each
-        overlap = ((slm_starts < ends) & (slm_ends > starts)).to(embeddings)  # (llm_tokens, slm_tokens)
-        number = overlap.sum(dim=1)
-        known = (number > 0).cpu() & ~torch.isin(torch.tensor(ids), special)
-        return overlap @ embeddings / number.clamp(min=1)[:, None], known
-
-    return targets_of
-
-
-def _reader(tokenizer) -> Tokenizer:
-    """The tokenizer without what it does after tokenizing: put special tokens around, cut spaces off the offsets."""
-    fields: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps(fields | {"post_processor": None, "truncation": None, "padding": None}))
-
-
-# ---------------------------------------------------------------------------------------------------------- regression
-def _inputs_of(layers: list[nn.Linear], projector: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """What the projector gives to each of `layers`, side by side, of shape `(tokens, in_features of all)`."""
-    inputs = {}
-
-    def keep(layer, args):
-        inputs[layer] = args[0][0]
-
-    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
-        projector(states[None])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat([inputs[layer] for layer in layers], dim=-1)
 
 
 class _Regression:

@@ -56,11 +56,11 @@ class TrainOptions:
     projector_type: Literal["mlp", "linear"] = _option("mlp", "mlp: linear, ReLU, linear")
     projector_hidden_size: int | None = _option(None, "width inside the mlp; the SLM's if omitted")
     projector_norm: Literal["layer_norm", "none"] = _option("layer_norm", "normalisation of the LLM's states")
-    start: Literal["random", "zero", "aligned", "states"] = _option(
+    start: Literal["random", "zero", "states"] = _option(
         "random",
-        "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); aligned: "
-        "projections are close to the SLM's embeddings of the same text; states: a slice of the layers above the one "
-        "read begins with its states as they are, and so does the SLM alone (these two with cached features)",
+        "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); states: a slice of"
+        " the layers above the one read begins with its states as they are, and so does the SLM alone (with cached"
+        " features)",
     )
 
     slm: str = _option(
@@ -148,8 +148,8 @@ class TrainOptions:
     def _check_start(self):
         if self.start == "zero" and self.fusion != "add":
             raise ValueError("`start: zero` needs `fusion: add`: with 'replace' the SLM would see no prompt at all.")
-        if self.start in ("aligned", "states") and not self.cache_features:
-            raise ValueError(f"`start: {self.start}` learns from cached features: it needs `cache_features: true`.")
+        if self.start == "states" and not self.cache_features:
+            raise ValueError("`start: states` learns from cached features: it needs `cache_features: true`.")
 
 
 @dataclass
