@@ -418,10 +418,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         The rows of a batch in one or more runs of the LLM. On a CPU, padding takes as long as text does, so rows of
         other lengths are worth a run of their own when they save `RUN_TOKENS` of padding; a GPU takes them at once.
         """
+        if self.llm.device.type != "cpu":
+            return [list(range(len(attention_mask)))]
         lengths = attention_mask.sum(dim=1).tolist()
         rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        if self.llm.device.type != "cpu":
-            return [rows]
         # best[n]: the least time, in tokens, for the n longest rows, and where the last run of them begins.
         best = [(0, 0)]
         for end in range(1, len(rows) + 1):
