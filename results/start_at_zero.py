@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainer, Se
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.arms import load_tokenizer
+from llm2slm.building import token_map
 from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.features import cache_prompt_features
 from llm2slm.pairs import load_pairs
@@ -37,19 +38,18 @@ def main():
     llm_tokenizer, slm_tokenizer = load_tokenizer(arguments.llm), AutoTokenizer.from_pretrained(arguments.slm)
     tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
     llm_ids = llm_tokenizer.get_vocab()
-    token_map = torch.full((len(llm_ids),), -1)
-    for token, slm_id in slm_tokenizer.get_vocab().items():
-        token_map[llm_ids[token]] = slm_id
+    slm_tokens = slm_tokenizer.convert_ids_to_tokens(range(len(slm_tokenizer)))
+    prompt_token_map = token_map(len(llm_ids), [llm_ids[token] for token in slm_tokens])
     pairs = {}
     for split, number in PAIRS.items():
         rows = load_pairs(arguments.data, split, "{prompt}\n", None, number)
         pairs[split] = tokenize_pairs(rows, tokenizer, prompt_max_length=128, response_max_length=128)
-    losses = {start: train(arguments, start, token_map, tokenizer, pairs) for start in ("zero", "random")}
+    losses = {start: train(arguments, start, prompt_token_map, tokenizer, pairs) for start in ("zero", "random")}
     report = {"pairs": PAIRS, "eval_loss": losses, "machine": machine(), "versions": versions()}
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def train(arguments: argparse.Namespace, start: str, token_map, tokenizer, pairs) -> list[float]:
+def train(arguments: argparse.Namespace, start: str, prompt_token_map, tokenizer, pairs) -> list[float]:
     """The held-out loss before the training, after each third of it and at its end."""
     set_seed(0)
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace, start: str, token_map, tokenizer, pairs
         llm_layer=16,
         fusion="add",
         shared_tokenizer=True,
-        prompt_token_map=token_map,
+        prompt_token_map=prompt_token_map,
         projector_type="linear",
         projector_norm=None,
         llm_kwargs={"dtype": torch.bfloat16},

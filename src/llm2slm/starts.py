@@ -95,9 +95,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     own = embeddings.weight.detach().cpu().double()
     # A token counts as often as it is seen: rows scaled by the root of that.
     scale, means = counts.sqrt()[:, None], sums / counts.clamp(min=1)[:, None]
-    regression = _Regression(config.slm_hidden_size, config.slm_hidden_size)
-    regression.add(own, means, scale)
-    weight, bias, r_squared = regression.solve()
+    weight, bias, r_squared = _ridge_regression(own, means, scale)
     share = (counts / (counts + RARE))[:, None]
     start = share * means + (1 - share) * (own @ weight.T + bias)
 
@@ -119,35 +117,20 @@ def _check_columns(dataset: Dataset):
         )
 
 
-class _Regression:
-    """Ridge regression with a bias, in float64, from sums that do not grow with the number of rows."""
-
-    def __init__(self, num_inputs: int, num_targets: int):
-        self.count = 0.0
-        self.gram = torch.zeros(num_inputs + 1, num_inputs + 1, dtype=torch.float64)
-        self.cross = torch.zeros(num_inputs + 1, num_targets, dtype=torch.float64)
-        self.squares = torch.zeros(num_targets, dtype=torch.float64)
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float = 1.0):
-        """
-        Counts rows in: inputs of shape `(rows, num_inputs)`, targets of shape `(rows, num_targets)`; `scale`, of shape
-        `(rows, 1)`, is the root of how often each counts.
-        """
-        inputs, targets = inputs.to("cpu", torch.float64), targets.to("cpu", torch.float64)
-        inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1) * scale
-        targets = targets * scale
-        self.count += float(inputs[:, -1].square().sum())
-        self.gram += inputs.T @ inputs
-        self.cross += inputs.T @ targets
-        self.squares += targets.square().sum(dim=0)
-
-    def solve(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """The weight of shape `(num_targets, num_inputs)`, the bias, and the R² of all targets together."""
-        diagonal = self.gram.diagonal()
-        penalty = RIDGE * diagonal.clamp(min=1e-12 * float(diagonal.max()))  # some inputs are always zero
-        penalty[-1] = 0.0  # none on the bias
-        solution = torch.linalg.solve(self.gram + penalty.diag(), self.cross)
-        explained = (solution * (2 * self.cross - self.gram @ solution)).sum(dim=0)
-        mean_part = self.cross[-1].square() / self.count
-        r_squared = (explained - mean_part).sum() / (self.squares - mean_part).sum()
-        return solution[:-1].T, solution[-1], float(r_squared)
+def _ridge_regression(inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor):
+    """
+    With a bias, in float64: the weight of shape `(num_targets, num_inputs)`, the bias, and the R² of all targets
+    together. Inputs have shape `(rows, num_inputs)`, targets `(rows, num_targets)`; `scale`, of shape `(rows, 1)`, is
+    the root of how often each row counts.
+    """
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1) * scale
+    targets = targets * scale
+    gram, cross = inputs.T @ inputs, inputs.T @ targets
+    diagonal = gram.diagonal()
+    penalty = RIDGE * diagonal.clamp(min=1e-12 * float(diagonal.max()))  # some inputs are always zero
+    penalty[-1] = 0.0  # none on the bias
+    solution = torch.linalg.solve(gram + penalty.diag(), cross)
+    explained = (solution * (2 * cross - gram @ solution)).sum(dim=0)
+    mean_part = cross[-1].square() / float(scale.square().sum())
+    r_squared = (explained - mean_part).sum() / (targets.square().sum(dim=0) - mean_part).sum()
+    return solution[:-1].T, solution[-1], float(r_squared)
