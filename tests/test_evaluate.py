@@ -157,6 +157,9 @@ def test_report_of_each_kind_of_model(kind, folders, data, tmp_path, capsys):
     speed = report["speed"]
     assert speed["examples_per_second"] * speed["seconds"] == pytest.approx(6) and speed["batch_size"] == 4
     assert speed["tokens_per_second"] * speed["seconds"] == pytest.approx(num_tokens)
+    costs = report["costs"]  # at least the weights that are read for each token, and no more than all for all tokens
+    most = 2 * costs["parameters"] * (num_tokens / 6 + max(len(prompt) for prompt in PROMPTS)) / 1e9
+    assert 0 < costs["gflop_per_example"] < most
     assert {"transformers", "sacrebleu", "rouge_score"} <= set(report["versions"])
     assert {"cpu", "threads", "gpu"} <= set(report["machine"])
     if kind.startswith("llm2slm"):
@@ -403,10 +406,15 @@ def reports(tmp_path) -> list[str]:
             "loss": 1.5,
             "speed": {"examples_per_second": 12.5, "tokens_per_second": 250.0},
         }
+        if system == "good":
+            report["costs"] = {"parameters": 12_345_678, "gflop_per_example": 3.14159}
         (tmp_path / f"{system}.json").write_text(json.dumps(report))
         rows = [{"prompt": "p", "completion": a, "response": b} for a, b in zip(references, texts, strict=True)]
         (tmp_path / f"{system}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [str(tmp_path / f"{system}.json") for system in responses]
+
+
+COSTS = ["Parameters", "GFLOP an example"]
 
 
 def test_comparison_tables_have_scores_and_tests_against_the_first(reports, tmp_path, capsys):
@@ -414,8 +422,9 @@ def test_comparison_tables_have_scores_and_tests_against_the_first(reports, tmp_
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == table
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert lines[0] == ["System", "BLEU", "chrF", "Loss per token", "Examples/s", "Tokens/s"]
-    assert lines[2] == ["bad", "50.0 [45.0, 55.2]", "50.0 [45.0, 55.2]", "1.500", "12.5", "250"]
+    assert lines[0] == ["System", "BLEU", "chrF", "Loss per token", "Examples/s", "Tokens/s", *COSTS]
+    assert lines[2] == ["bad", "50.0 [45.0, 55.2]", "50.0 [45.0, 55.2]", "1.500", "12.5", "250", "", ""]
+    assert lines[3][-2:] == ["12.3M", "3.14"]
     assert lines[5] == ["Minus bad", "BLEU", "chrF"]
     better, same = lines[7], lines[8]
     assert better[0] == "good" and all(cell.startswith("+") and cell.endswith("p = 0.001") for cell in better[1:])

@@ -83,11 +83,13 @@ def read_texts(path: str, num_examples: int) -> list[dict[str, str]]:
 
 
 def score_table(reports: list[dict[str, Any]]) -> str:
-    """One row a system: scores with their 95% intervals, loss, probe and speed."""
+    """One row a system: scores with their 95% intervals, loss, probe, speed and costs."""
     names = [name for name in METRICS if any(name in report["scores"] for report in reports)]
     with_probe = any("shuffled_states" in report for report in reports)
     header = ["System", *(METRICS[name] for name in names), "Loss per token"]
+    with_costs = any("costs" in report for report in reports)
     header += ["Loss with shuffled LLM states"] * with_probe + ["Examples/s", "Tokens/s"]
+    header += ["Parameters", "GFLOP an example"] * with_costs
     lines = [header, ["---"] * len(header)]
     for report in reports:
         cells = [report["system"]]
@@ -99,6 +101,9 @@ def score_table(reports: list[dict[str, Any]]) -> str:
             probe = report.get("shuffled_states")
             cells.append(f"{probe['shuffled_loss']:.3f} ({probe['increase']:+.1%})" if probe else "")
         cells += [f"{report['speed'][name]:.3g}" for name in ("examples_per_second", "tokens_per_second")]
+        if with_costs:
+            costs = report.get("costs")
+            cells += [f"{costs['parameters'] / 1e6:.1f}M", f"{costs['gflop_per_example']:.3g}"] if costs else ["", ""]
         lines.append(cells)
     examples = reports[0]["data"]["examples"]
     note = f"{examples:,} examples; in brackets the middle 95% of 1,000 bootstrap resamples. "

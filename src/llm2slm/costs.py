@@ -39,7 +39,7 @@ class Stage:
     attention_width: int
     cache_width: int
 
-    def flops(self, positions: int, context: int) -> float:
+    def flops(self, positions: float, context: float) -> float:
         """Of `positions` new positions, each attending to `context` ones."""
         return positions * (2 * self.weights + 4 * self.attention_width * context)
 
@@ -67,12 +67,12 @@ class Costs:
     token: Stage
     encoder_decoder: bool
 
-    def prompt_flops(self, prompt_length: int, batch_size: int) -> float:
+    def prompt_flops(self, prompt_length: float, batch_size: int) -> float:
         """Floating-point operations until the first token."""
         stages = sum(stage.flops(prompt_length, prompt_length) for stage in self.prompt)
         return batch_size * (stages + self.head.flops(1, prompt_length))
 
-    def token_flops(self, context: int, batch_size: int) -> float:
+    def token_flops(self, context: float, batch_size: int) -> float:
         """Floating-point operations of one further token of each example, at `context` positions."""
         return batch_size * self.token.flops(1, context)
 
