@@ -1,0 +1,40 @@
+"""
+A Markdown table of reports of `llm2slm evaluate` by the length of the reference: does a system hold up on long ones?
+
+    python results/by_length.py results/simplify/q-replace.json results/simplify/q-slm.json
+
+The examples are put into thirds by the reference's words; each cell has BLEU and chrF of a third.
+"""
+
+import sys
+
+from llm2slm.comparison import read_report, read_texts
+from llm2slm.metrics import TextMetric
+
+METRICS = ("bleu", "chrf")
+
+
+def main(paths: list[str]):
+    if not paths:
+        raise SystemExit(__doc__.strip())
+    reports = [read_report(path) for path in paths]
+    texts = [read_texts(path, report["data"]["examples"]) for path, report in zip(paths, reports, strict=True)]
+    lengths = [len(row["completion"].split()) for row in texts[0]]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    thirds = [order[len(order) * k // 3 : len(order) * (k + 1) // 3] for k in range(3)]
+    spans = [f"{lengths[third[0]]} to {lengths[third[-1]]} words" for third in thirds]
+    print("| System | " + " | ".join(spans) + " |")
+    print("|---|" + "---:|" * len(spans))
+    for report, rows in zip(reports, texts, strict=True):
+        if [row["completion"] for row in rows] != [row["completion"] for row in texts[0]]:
+            raise ValueError(f"{report['system']} was evaluated on other examples than {reports[0]['system']}.")
+        print(f"| {report['system']} | " + " | ".join(scores([rows[i] for i in third]) for third in thirds) + " |")
+
+
+def scores(rows: list[dict[str, str]]) -> str:
+    sides = {"predictions": [row["response"] for row in rows], "references": [row["completion"] for row in rows]}
+    return ", ".join(f"{TextMetric(name).compute(**sides)['score']:.1f}" for name in METRICS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
