@@ -21,6 +21,8 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
+from llm2slm.arms import make_collator
+from llm2slm.train_options import TrainOptions
 
 STEPS = 12
 
@@ -195,6 +197,29 @@ def eval_loss(model, tokenizer, files) -> float:
             total, count = total - scores.sum().item(), count + len(scores)
         losses.append(total / count)
     return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma3"])
+@pytest.mark.parametrize("prompts", [[5, 9, 3], [12, 12, 12], [0, 4, 2]])
+def test_an_arm_alone_computes_no_logits_where_all_is_prompt(kind, prompts):
+    """And the loss is what it would be with all of them."""
+    model, generator = build_slm(kind), torch.Generator().manual_seed(5)
+    options = TrainOptions(arm="slm", data="pairs", slm=kind)
+    rows = []
+    for prompt_length, length in zip(prompts, [9, 20, 17], strict=True):
+        ids = torch.randint(4, SLM_VOCAB, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]})
+    batch = make_collator(options, model, build_slm_tokenizer())(rows)
+    everything = {name: torch.full((3, 24), -100) for name in ("input_ids", "labels")}
+    for name, tensor in everything.items():
+        for i, row in enumerate(rows):
+            tensor[i, : len(row[name])] = torch.tensor(row[name])
+    mask = (everything["input_ids"] != -100).long()
+    with torch.no_grad():
+        output = model(**batch)
+        expected = model(everything["input_ids"].clamp(min=0), attention_mask=mask, labels=everything["labels"])
+    assert output.logits.shape[1] == 24 - max(min(prompts) - 1, 0)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
 def test_an_encoder_decoder_alone_reads_the_prompt_and_writes_the_response(recipe, files):

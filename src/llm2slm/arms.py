@@ -7,6 +7,7 @@ The arms learn from the same pairs:
 """
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,23 @@ def _check_positions(config, rows: Dataset, split: str):
             )
 
 
-def make_collator(options: TrainOptions, tokenizer):
+def make_collator(options: TrainOptions, model, tokenizer):
     """What makes batches of the arm's examples."""
     if options.arm == "llm2slm":
         return DataCollatorForLLM2SLM(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     tokenizer.padding_side = "right"  # positions are counted from the first token
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
-    return lambda rows: collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    has_prompts = not model.config.is_encoder_decoder and "logits_to_keep" in signature(model.forward).parameters
+
+    def collate_rows(rows):
+        batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        if has_prompts:  # no logits where all rows are prompt: they would be most of the memory, and much of the time
+            first = (batch["labels"] != -100).any(dim=0).int().argmax().item()
+            batch["labels"] = batch["labels"][:, max(first - 1, 0) :]  # the position before predicts the first label
+            batch["logits_to_keep"] = batch["labels"].shape[1]
+        return batch
+
+    return collate_rows
 
 
 def cache_features(options: TrainOptions, examples: dict[str, Dataset], model) -> dict[str, Dataset]:

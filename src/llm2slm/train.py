@@ -122,6 +122,7 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
             model.llm = None
         remove_incomplete_checkpoints(folder, training.world_size)
     parameters = report.count_parameters(options.arm, model)
+    collator = arms.make_collator(options, model, tokenizer)
     if options.lora_r is not None:
         set_seed(training.seed)
         model = arms.with_lora(options, model)
@@ -131,7 +132,7 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
     trainer = SimilarLengthTrainer(
         model,
         training,
-        data_collator=arms.make_collator(options, tokenizer),
+        data_collator=collator,
         train_dataset=examples["train"],
         eval_dataset=examples.get("validation"),
         processing_class=tokenizer,
