@@ -11,20 +11,20 @@ from test_building import CORPUS, OTHER_TEXTS, TEXTS, byte_level
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.building import make_slm, slice_lm, token_map, trim_tokenizer
 from llm2slm.features import cache_prompt_features
-from llm2slm.starts import start_at_zero, start_from_states
+from llm2slm.starts import fit_head, start_at_zero, start_from_states
 
 PROMPTS = [*TEXTS[:3], *CORPUS[:5], *OTHER_TEXTS]
 
 
-def build_llm_for(tokenizer, hidden_size=48):
+def build_llm_for(tokenizer, hidden_size=48, depth=2):
     torch.manual_seed(0)
-    llm = make_slm(tokenizer, hidden_size, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=False)
+    llm = make_slm(tokenizer, hidden_size, num_hidden_layers=depth, num_attention_heads=4, tie_word_embeddings=False)
     return jitter(llm)
 
 
-def pair_with_a_trimmed_tokenizer(texts=PROMPTS, **config):
+def pair_with_a_trimmed_tokenizer(texts=PROMPTS, depth=2, **config):
     llm_tokenizer = byte_level()
-    llm = build_llm_for(llm_tokenizer)
+    llm = build_llm_for(llm_tokenizer, depth=depth)
     trimmed, token_ids = trim_tokenizer(llm_tokenizer, texts)
     torch.manual_seed(2)
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
@@ -157,3 +157,48 @@ def test_a_start_from_states_needs_states_of_the_slms_tokens(tmp_path):
     with pytest.raises(ValueError, match="No token of the prompts is in the SLM's vocabulary"):
         start_from_states(model, of_one_token)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------- the slice's head
+@torch.no_grad()
+def distance_to_the_llm(model, tokenizer, llm) -> float:
+    """Of the pair's probabilities for the first token of a response from the LLM's, over all prompts."""
+    token_ids = trim_tokenizer(byte_level(), PROMPTS)[1]
+    total = 0.0
+    for text in PROMPTS:
+        batch = tokenizer(text, return_tensors="pt")
+        found = model(**batch, labels=torch.tensor([[0]])).logits[0, 0].softmax(dim=0)
+        total += (found - llm(**batch).logits[0, -1, token_ids].softmax(dim=0)).abs().sum().item()
+    return total
+
+
+def test_the_head_of_a_slice_without_a_gap_stays(tmp_path):
+    model, tokenizer = pair_with_a_trimmed_tokenizer(**UPPER)
+    data = cached(model, tokenizer, tmp_path)
+    start_from_states(model, data)
+    head = model.slm.get_output_embeddings().weight.detach().clone()
+    assert fit_head(model, build_llm_for(byte_level()), data) == pytest.approx(1.0, abs=1e-3)
+    torch.testing.assert_close(model.slm.get_output_embeddings().weight, head, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("fusion", ["replace", "add"])
+def test_the_head_of_a_slice_with_a_gap_comes_nearer_to_the_llm(fusion, tmp_path):
+    model, tokenizer = pair_with_a_trimmed_tokenizer(depth=4, **UPPER, fusion=fusion)
+    llm, data = build_llm_for(byte_level(), depth=4), cached(model, tokenizer, tmp_path)
+    start_from_states(model, data)
+    before, others = distance_to_the_llm(model, tokenizer, llm), copy.deepcopy(model.state_dict())
+    assert 0 < fit_head(model, llm, data) < 1
+    if fusion == "replace":  # `add` starts at the tokens' mean states, not at those of this prompt
+        assert distance_to_the_llm(model, tokenizer, llm) < 0.8 * before
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, others[name])}
+    assert changed == {"slm.lm_head.weight"}
+
+
+def test_a_head_that_cannot_be_fitted_says_so(tmp_path):
+    model, tokenizer = pair_with_a_trimmed_tokenizer(**UPPER)
+    data, llm = cached(model, tokenizer, tmp_path), build_llm_for(byte_level())
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['prompt_hidden_states'\]"):
+        fit_head(model, llm, Dataset.from_dict({"input_ids": [[1, 2]]}))
+    model.slm.get_output_embeddings().weight = model.slm.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="start_from_states` comes first"):
+        fit_head(model, llm, data)

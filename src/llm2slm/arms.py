@@ -23,7 +23,7 @@ from .features import cache_prompt_features
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
-from .starts import start_at_zero, start_from_states
+from .starts import fit_head, start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
@@ -157,6 +157,9 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         model.llm.to("cpu")
         if options.start == "states":
             start_from_states(model, examples["train"])
+            if options.slm == "slice" and options.slice_of in ("", options.llm) and not slm.config.is_encoder_decoder:
+                whole = load_slm(options.llm, dtype=options.llm_dtype).to(device).eval()
+                fit_head(model, whole, examples["train"])
     alone = options.arm == "slm"
     (model.slm if alone else model).save_pretrained(folder)
     (slm_tokenizer if alone else tokenizer).save_pretrained(folder)

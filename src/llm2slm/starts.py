@@ -3,6 +3,7 @@
 - `start_at_zero`: the model equals the SLM alone.
 - `start_from_states`: the SLM is a slice of the LLM's upper layers, which read the LLM's states as they are, and its
   embeddings of the response become the mean states of the same tokens.
+- `fit_head`: and its head reads what these layers give, in place of what the LLM's last layer gives.
 
 A projector fitted to the SLM's own embeddings of the prompt was tried, and no better than a random one
 (results/choosing.md).
@@ -93,11 +94,12 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     if counts.sum() == 0:
         raise ValueError("No token of the prompts is in the SLM's vocabulary.")
     own = embeddings.weight.detach().cpu().double()
+    own = torch.cat([own, torch.ones(len(own), 1, dtype=torch.float64)], dim=1)  # and a bias
     # A token counts as often as it is seen: rows scaled by the root of that.
     scale, means = counts.sqrt()[:, None], sums / counts.clamp(min=1)[:, None]
-    weight, bias, r_squared = _ridge_regression(own, means, scale)
+    predicted = own @ _ridge_regression(scale * own, scale * means)
     share = (counts / (counts + RARE))[:, None]
-    start = share * means + (1 - share) * (own @ weight.T + bias)
+    start = share * means + (1 - share) * predicted
 
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -106,7 +108,48 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     embeddings.weight.copy_(start)
     (nn.init.eye_ if config.fusion == "replace" else nn.init.zeros_)(model.projector.out.weight)
     nn.init.zeros_(model.projector.out.bias)
-    return r_squared
+    return _r_squared(scale * means, scale * predicted, scale)
+
+
+@torch.no_grad()
+def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
+    r"""
+    Fits the head of an SLM that is a slice of the LLM to the slice: a linear map from the slice's final states to
+    those of the whole LLM, found by ridge regression on the prompts, becomes part of the head. The layers between,
+    which the slice lacks, are made up for as far as a linear map can: a tuned lens (Belrose et al.,
+    [arXiv 2303.08112](https://arxiv.org/abs/2303.08112)) for a stack with gaps.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]):
+            Changed in place. Its SLM is from [`~llm2slm.building.slice_lm`], reads the LLM's states, and has a head of
+            its own: [`start_from_states`] comes before.
+        lm (`PreTrainedModel`): The whole LLM with its head, decoder-only, of which the SLM is a slice.
+        dataset (`datasets.Dataset`):
+            With the columns `input_ids` (prompts, LLM's tokenizer) and `prompt_hidden_states` (from
+            [`~llm2slm.features.cache_prompt_features`]).
+        max_rows (`int`, *optional*, defaults to 512): This many prompts are read, evenly spaced.
+
+    Returns:
+        `float`: The share of the LLM's final states' variance that the map explains (R²).
+
+    Raises:
+        ValueError: if a column is missing, or the head is tied to the embeddings.
+    """
+    _check_columns(dataset)
+    slm, head = model.slm, model.slm.get_output_embeddings()
+    if head.weight is slm.get_input_embeddings().weight:
+        raise ValueError("The SLM's head is its embeddings: `start_from_states` comes first and gives it its own.")
+    own, final = [], []
+    for index in range(0, len(dataset), -(-len(dataset) // max_rows)):
+        row = dataset[index]
+        ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
+        own.append(slm.base_model(inputs_embeds=states.to(slm.device, slm.dtype)).last_hidden_state)
+        final.append(lm.base_model(ids.to(lm.device)).last_hidden_state)
+    # The first position is an attention sink.
+    inputs, targets = (torch.cat([states[0, 1:].double().cpu() for states in each]) for each in (own, final))
+    weight = _ridge_regression(inputs, targets)
+    head.weight.copy_(head.weight.double() @ weight.T.to(head.weight.device))
+    return _r_squared(targets, inputs @ weight, torch.ones(len(targets), 1, dtype=torch.float64))
 
 
 def _check_columns(dataset: Dataset):
@@ -117,20 +160,15 @@ def _check_columns(dataset: Dataset):
         )
 
 
-def _ridge_regression(inputs: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor):
-    """
-    With a bias, in float64: the weight of shape `(num_targets, num_inputs)`, the bias, and the R² of all targets
-    together. Inputs have shape `(rows, num_inputs)`, targets `(rows, num_targets)`; `scale`, of shape `(rows, 1)`, is
-    the root of how often each row counts.
-    """
-    inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1) * scale
-    targets = targets * scale
+def _ridge_regression(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The weight, `(num_inputs, num_targets)`, of the map from `(rows, num_inputs)` to `(rows, num_targets)`."""
     gram, cross = inputs.T @ inputs, inputs.T @ targets
     diagonal = gram.diagonal()
     penalty = RIDGE * diagonal.clamp(min=1e-12 * float(diagonal.max()))  # some inputs are always zero
-    penalty[-1] = 0.0  # none on the bias
-    solution = torch.linalg.solve(gram + penalty.diag(), cross)
-    explained = (solution * (2 * cross - gram @ solution)).sum(dim=0)
-    mean_part = cross[-1].square() / float(scale.square().sum())
-    r_squared = (explained - mean_part).sum() / (targets.square().sum(dim=0) - mean_part).sum()
-    return solution[:-1].T, solution[-1], float(r_squared)
+    return torch.linalg.solve(gram + penalty.diag(), cross)
+
+
+def _r_squared(targets: torch.Tensor, predictions: torch.Tensor, scale: torch.Tensor) -> float:
+    """Of all targets together. Rows are scaled by `scale`, of shape `(rows, 1)`: the root of how often each counts."""
+    mean = (scale * targets).sum(dim=0) / scale.square().sum()
+    return 1 - float((targets - predictions).square().sum() / (targets - scale * mean).square().sum())
