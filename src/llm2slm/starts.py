@@ -12,6 +12,7 @@ A projector fitted to the SLM's own embeddings of the prompt was tried, and no b
 import torch
 from datasets import Dataset
 from torch import nn
+from tqdm.auto import tqdm
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
@@ -140,7 +141,7 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     if head.weight is slm.get_input_embeddings().weight:
         raise ValueError("The SLM's head is its embeddings: `start_from_states` comes first and gives it its own.")
     own, final = [], []
-    for index in range(0, len(dataset), -(-len(dataset) // max_rows)):
+    for index in tqdm(range(0, len(dataset), -(-len(dataset) // max_rows)), desc="Fitting the head", unit=" prompts"):
         row = dataset[index]
         ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
         own.append(slm.base_model(inputs_embeds=states.to(slm.device, slm.dtype)).last_hidden_state)

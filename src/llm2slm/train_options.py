@@ -59,8 +59,8 @@ class TrainOptions:
     start: Literal["random", "zero", "states"] = _option(
         "random",
         "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); states: a slice of"
-        " the layers above the one read begins with its states as they are, and so does the SLM alone (with cached"
-        " features)",
+        " the layers above the one read begins with its states as they are, and a head fitted to the layers it lacks;"
+        " so does the SLM alone (with cached features)",
     )
 
     slm: str = _option(
