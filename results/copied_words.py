@@ -13,7 +13,7 @@ from collections import Counter
 
 from datasets import load_from_disk
 
-from llm2slm.comparison import read_report, read_texts
+from llm2slm.comparison import read_reports
 
 RARE, FREQUENT = 5, 50  # responses of the training split
 
@@ -29,9 +29,7 @@ def main(paths: list[str]):
     }
     print("| System | " + " | ".join(kinds) + " |")
     print("|---|" + "---:|" * len(kinds))
-    for path in paths[1:]:
-        report = read_report(path)
-        rows = read_texts(path, report["data"]["examples"])
+    for report, rows in zip(*read_reports(paths[1:]), strict=True):
         print(f"| {report['system']} | " + " | ".join(written(rows, kind) for kind in kinds.values()) + " |")
 
 
@@ -40,12 +38,10 @@ def words(text: str) -> set[str]:
 
 
 def written(rows: list[dict[str, str]], kind) -> str:
-    hits = [
-        word in words(row["response"])
-        for row in rows
-        for word in words(row["completion"])
-        if kind(word, words(row["prompt"]))
-    ]
+    hits = []
+    for row in rows:
+        prompt, reference, response = (words(row[name]) for name in ("prompt", "completion", "response"))
+        hits += [word in response for word in reference if kind(word, prompt)]
     return f"{100 * sum(hits) / len(hits):.1f}% of {len(hits):,}"
 
 

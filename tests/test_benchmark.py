@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
 
 from llm2slm import LLM2SLMConfig, benchmark, cli, contenders
 from llm2slm.costs import costs_of
@@ -53,6 +53,12 @@ def test_a_decoder_only_model_reads_all_but_its_embeddings_for_a_token():
         costs.token.weights + 2 * 10 * 3 * 2 * 2 * 8
     )
     assert costs.token_flops(10, batch_size=2) == 2 * (2 * costs.token.weights + 4 * 10 * 3 * 4 * 8)
+
+
+def test_a_model_without_attention_reads_no_cache():
+    costs = costs_of(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
+    assert costs.token.weights > 64 * 32
+    assert costs.token_bytes(1000, batch_size=2, bytes_per_number=4) == 4 * costs.token.weights
 
 
 def test_counted_operations_are_those_that_torch_counts():

@@ -112,11 +112,11 @@ def make_collator(options: TrainOptions, model, tokenizer):
         return DataCollatorForLLM2SLM(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     tokenizer.padding_side = "right"  # positions are counted from the first token
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
-    has_prompts = not model.config.is_encoder_decoder and "logits_to_keep" in signature(model.forward).parameters
+    keeps_some = not model.config.is_encoder_decoder and "logits_to_keep" in signature(model.forward).parameters
 
     def collate_rows(rows):
         batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
-        if has_prompts:  # no logits where all rows are prompt: they would be most of the memory, and much of the time
+        if keeps_some:  # no logits where all rows are prompt: they would be most of the memory
             first = (batch["labels"] != -100).any(dim=0).int().argmax().item()
             batch["labels"] = batch["labels"][:, max(first - 1, 0) :]  # the position before predicts the first label
             batch["logits_to_keep"] = batch["labels"].shape[1]
@@ -158,7 +158,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         if options.start == "states":
             start_from_states(model, examples["train"])
             if options.slm == "slice" and options.slice_of in ("", options.llm) and not slm.config.is_encoder_decoder:
-                whole = load_slm(options.llm, dtype=options.llm_dtype).to(device).eval()
+                whole = load_slm(options.llm, dtype=options.llm_dtype).to(device)
                 fit_head(model, whole, examples["train"])
     alone = options.arm == "slm"
     (model.slm if alone else model).save_pretrained(folder)

@@ -25,20 +25,32 @@ def compare_reports(paths: list[str]) -> str:
         OSError: if a report, or the texts beside it, are missing.
         ValueError: if a file is something else, or the reports are about different data.
     """
-    reports = [read_report(path) for path in paths]
-    if len(reports) == 1:
-        return score_table(reports)
-    texts = [read_texts(path, report["data"]["examples"]) for path, report in zip(paths, reports, strict=True)]
-    references = [[row["completion"] for row in rows] for rows in texts]
-    for path, own in zip(paths, references, strict=True):
-        if own != references[0]:  # prompts may differ: each system has them in its own form
-            raise ValueError(f"{path} and {paths[0]} are about different data: their references differ.")
+    if len(paths) == 1:
+        return score_table([read_report(paths[0])])
+    reports, texts = read_reports(paths)
     return score_table(reports) + "\n\n" + difference_table(reports, texts)
 
 
 def texts_path(report_path: str) -> str:
     """Where a report's texts are."""
     return str(Path(report_path).with_suffix(".jsonl"))
+
+
+def read_reports(paths: list[str]) -> tuple[list[dict[str, Any]], list[list[dict[str, str]]]]:
+    """
+    Several reports about the same data, and the texts of each.
+
+    Raises:
+        OSError: if a report, or the texts beside it, are missing.
+        ValueError: if a file is something else, or the reports are about different data.
+    """
+    reports = [read_report(path) for path in paths]
+    texts = [read_texts(path, report["data"]["examples"]) for path, report in zip(paths, reports, strict=True)]
+    references = [[row["completion"] for row in rows] for rows in texts]
+    for path, own in zip(paths, references, strict=True):
+        if own != references[0]:  # prompts may differ: each system has them in its own form
+            raise ValueError(f"{path} and {paths[0]} are about different data: their references differ.")
+    return reports, texts
 
 
 def read_report(path: str) -> dict[str, Any]:

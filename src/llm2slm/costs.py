@@ -141,7 +141,9 @@ def _reads_encoder(name: str) -> bool:
 
 def _stage(model, config, weights: int, layers: int | None = None) -> Stage:
     layers = config.num_hidden_layers if layers is None else layers
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:  # a state space model's state does not grow
+        return Stage(weights, layers, 0, 0)
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     return Stage(weights, layers, layers * heads * head_dim, 2 * layers * key_value_heads * head_dim)

@@ -84,7 +84,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     embeddings, head = model.slm.get_input_embeddings(), model.slm.get_output_embeddings()
     sums = torch.zeros(config.vocab_size, config.slm_hidden_size, dtype=torch.float64)
     counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-    for index in range(0, len(dataset), -(-len(dataset) // max_rows)):
+    for index in _evenly_spaced(dataset, max_rows):
         row = dataset[index]
         ids = torch.as_tensor(row["input_ids"])[1:]
         if model.prompt_token_map is not None:
@@ -94,13 +94,12 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         counts += torch.bincount(ids[known], minlength=config.vocab_size)
     if counts.sum() == 0:
         raise ValueError("No token of the prompts is in the SLM's vocabulary.")
-    own = embeddings.weight.detach().cpu().double()
-    own = torch.cat([own, torch.ones(len(own), 1, dtype=torch.float64)], dim=1)  # and a bias
-    # A token counts as often as it is seen: rows scaled by the root of that.
-    scale, means = counts.sqrt()[:, None], sums / counts.clamp(min=1)[:, None]
-    predicted = own @ _ridge_regression(scale * own, scale * means)
+    own, means = embeddings.weight.detach().cpu().double(), sums / counts.clamp(min=1)[:, None]
+    regression = _RidgeRegression(own.shape[1], means.shape[1])
+    regression.add(own, means, counts)
+    weight, bias = regression.solve()
     share = (counts / (counts + RARE))[:, None]
-    start = share * means + (1 - share) * predicted
+    start = share * means + (1 - share) * (own @ weight + bias)
 
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
@@ -109,7 +108,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     embeddings.weight.copy_(start)
     (nn.init.eye_ if config.fusion == "replace" else nn.init.zeros_)(model.projector.out.weight)
     nn.init.zeros_(model.projector.out.bias)
-    return _r_squared(scale * means, scale * predicted, scale)
+    return regression.r_squared(weight, bias)
 
 
 @torch.no_grad()
@@ -140,17 +139,25 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     slm, head = model.slm, model.slm.get_output_embeddings()
     if head.weight is slm.get_input_embeddings().weight:
         raise ValueError("The SLM's head is its embeddings: `start_from_states` comes first and gives it its own.")
-    own, final = [], []
-    for index in tqdm(range(0, len(dataset), -(-len(dataset) // max_rows)), desc="Fitting the head", unit=" prompts"):
-        row = dataset[index]
-        ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
-        own.append(slm.base_model(inputs_embeds=states.to(slm.device, slm.dtype)).last_hidden_state)
-        final.append(lm.base_model(ids.to(lm.device)).last_hidden_state)
-    # The first position is an attention sink.
-    inputs, targets = (torch.cat([states[0, 1:].double().cpu() for states in each]) for each in (own, final))
-    weight = _ridge_regression(inputs, targets)
+    regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
+    was_training = slm.training
+    slm.eval()
+    try:
+        for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" prompts"):
+            row = dataset[index]
+            ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
+            own = slm.base_model(inputs_embeds=states.to(slm.device, slm.dtype)).last_hidden_state
+            final = lm.base_model(ids.to(lm.device)).last_hidden_state
+            regression.add(own[0, 1:], final[0, 1:])  # the first position is an attention sink
+    finally:
+        slm.train(was_training)
+    weight, bias = regression.solve()
     head.weight.copy_(head.weight.double() @ weight.T.to(head.weight.device))
-    return _r_squared(targets, inputs @ weight, torch.ones(len(targets), 1, dtype=torch.float64))
+    return regression.r_squared(weight, bias)
+
+
+def _evenly_spaced(dataset: Dataset, max_rows: int) -> range:
+    return range(0, len(dataset), -(-len(dataset) // max_rows))
 
 
 def _check_columns(dataset: Dataset):
@@ -161,15 +168,44 @@ def _check_columns(dataset: Dataset):
         )
 
 
-def _ridge_regression(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The weight, `(num_inputs, num_targets)`, of the map from `(rows, num_inputs)` to `(rows, num_targets)`."""
-    gram, cross = inputs.T @ inputs, inputs.T @ targets
-    diagonal = gram.diagonal()
-    penalty = RIDGE * diagonal.clamp(min=1e-12 * float(diagonal.max()))  # some inputs are always zero
-    return torch.linalg.solve(gram + penalty.diag(), cross)
+class _RidgeRegression:
+    """
+    Fits `targets = inputs @ weight + bias` to rows that come in parts, of which only sums are kept.
 
+    Args:
+        num_inputs (`int`): Width of a row of inputs.
+        num_targets (`int`): Width of a row of targets.
+        bias (`bool`, *optional*, defaults to `True`): Whether there is one; it is zero otherwise.
+    """
 
-def _r_squared(targets: torch.Tensor, predictions: torch.Tensor, scale: torch.Tensor) -> float:
-    """Of all targets together. Rows are scaled by `scale`, of shape `(rows, 1)`: the root of how often each counts."""
-    mean = (scale * targets).sum(dim=0) / scale.square().sum()
-    return 1 - float((targets - predictions).square().sum() / (targets - scale * mean).square().sum())
+    def __init__(self, num_inputs: int, num_targets: int, bias: bool = True):
+        self.bias = bias
+        # With a column of ones behind the inputs, whose products are their sums.
+        self.gram = torch.zeros(num_inputs + 1, num_inputs + 1, dtype=torch.float64)
+        self.cross = torch.zeros(num_inputs + 1, num_targets, dtype=torch.float64)
+        self.squares = 0.0
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """Takes up rows, `(rows, num_inputs)` and `(rows, num_targets)`, each `counts` times, `(rows,)`, or once."""
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1).cpu().double()
+        targets = targets.cpu().double()
+        counted = inputs if counts is None else inputs * counts[:, None]
+        self.gram += counted.T @ inputs
+        self.cross += counted.T @ targets
+        self.squares += float((targets.square().sum(dim=1) * counted[:, -1]).sum())
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight, `(num_inputs, num_targets)`, and the bias, `(num_targets,)`."""
+        used = len(self.gram) if self.bias else len(self.gram) - 1
+        gram, cross = self.gram[:used, :used], self.cross[:used]
+        diagonal = gram.diagonal()
+        penalty = RIDGE * diagonal.clamp(min=1e-12 * float(diagonal.max()))  # some inputs are always zero
+        solution = torch.linalg.solve(gram + penalty.diag(), cross)
+        return (solution[:-1], solution[-1]) if self.bias else (solution, cross.new_zeros(cross.shape[1]))
+
+    def r_squared(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
+        """The share of the variance of all targets together that the fit explains."""
+        solution = torch.cat([weight, bias[None]])
+        residual = self.squares - float((solution * (2 * self.cross - self.gram @ solution)).sum())
+        variance = self.squares - float(self.cross[-1].square().sum() / self.gram[-1, -1])
+        return 1 - residual / variance
