@@ -5,7 +5,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    T5Config,
+)
 
 from llm2slm import LLM2SLMConfig, benchmark, cli, contenders
 from llm2slm.costs import costs_of
