@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMTokenizer
-from llm2slm.building import make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
+from llm2slm.building import limit_tokenizer, make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import build_simplify  # noqa: E402
@@ -171,6 +171,38 @@ def test_a_tokenizer_trimmed_to_a_size_keeps_the_most_used_tokens_and_any_text(b
             ids = trimmed(text, add_special_tokens=False)["input_ids"]
             old_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert trimmed.decode(ids) == tokenizer.decode(old_ids)
+
+
+@pytest.mark.parametrize("build", [byte_level, added_behind, roberta_like, gemma_like])
+def test_a_limited_tokenizer_cuts_as_the_trimmed_one_into_its_own_ids(build, tmp_path):
+    tokenizer = build()
+    tokenizer.chat_template = "{{ messages }}"
+    trimmed, token_ids = trim_tokenizer(tokenizer, TEXTS, vocab_size=len(trim_tokenizer(tokenizer, TEXTS)[1]) - 2)
+    limit_tokenizer(tokenizer, trimmed).save_pretrained(tmp_path)
+    limited = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert limited.get_vocab() == tokenizer.get_vocab()
+    assert limited.special_tokens_map == tokenizer.special_tokens_map
+    assert limited.chat_template == tokenizer.chat_template
+    texts = [*TEXTS, *OTHER_TEXTS, *CORPUS[:5]]
+    if build is gemma_like:  # has tokens of letters that the trimmed one writes as bytes
+        texts = [text for text in texts if not any("<0x" in token for token in trimmed.tokenize(text))]
+    for text in texts:
+        assert limited(text)["input_ids"] == [token_ids[i] for i in trimmed(text)["input_ids"]]
+    assert any(limited(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts)
+
+
+def test_a_limited_tokenizer_reads_no_word_whole_that_the_trimmed_one_lacks():
+    tokenizer = whole_words()
+    text = "a Babylonian"
+    trimmed, token_ids = trim_tokenizer(tokenizer, ["a king"])
+    assert tokenizer.tokenize(text)[-1] == "ĠBabylonian"
+    limited = limit_tokenizer(tokenizer, trimmed)
+    assert limited(text)["input_ids"] == [token_ids[i] for i in trimmed(text)["input_ids"]]
+
+
+def test_what_cannot_be_limited_says_so():
+    with pytest.raises(ValueError, match="whose model is a BPE can be limited, got .* with Unigram"):
+        limit_tokenizer(t5_like(), trim_tokenizer(t5_like(), TEXTS)[0])
 
 
 @every_kind

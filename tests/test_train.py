@@ -282,6 +282,18 @@ def test_each_way_to_an_slm(recipe, files, way, fusion):
             assert tokenizer.decode(model.prompt_token_map[ids]) == tokenizer.llm_tokenizer.decode(ids) == "w1 w2"
 
 
+@pytest.mark.parametrize("fusion", ["replace", "add"])
+def test_the_llm_can_read_in_the_pieces_that_a_trimmed_slm_writes(recipe, files, fusion):
+    both = {"llm": str(files / "bpe"), "slm_tokenizer": "trimmed", "llm_tokenizer": "trimmed", "fusion": fusion}
+    whole = len(AutoTokenizer.from_pretrained(files / "bpe"))
+    assert train(recipe, **both, vocab_size=whole - 4, max_steps=1, eval_steps=1) is None
+    model, tokenizer = load(recipe), LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
+    for line in (files / "pairs.jsonl").read_text().splitlines():
+        prompt = json.loads(line)["prompt"]
+        ids = tokenizer(prompt)["input_ids"]
+        assert model.prompt_token_map[ids].tolist() == tokenizer.slm_tokenizer(prompt)["input_ids"]
+
+
 def test_lora_on_the_slm_is_merged_into_the_result(recipe, files):
     assert train(recipe, slm=str(files / "llama"), lora_r=2) is None
     before = AutoModelForCausalLM.from_pretrained(files / "llama").state_dict()
@@ -430,6 +442,7 @@ def assert_refused(capsys, recipe, *fragments, **changes):
         ({"slm": "slice"}, ["`slm_layers` is needed to slice"]),
         ({"slm_layers": [1]}, ["are for `slm: slice`, got slm 'fresh'"]),
         ({"slm": "llama", "slm_tokenizer": "trimmed"}, ["has its own tokenizer", "'own', got 'trimmed'"]),
+        ({"llm_tokenizer": "trimmed"}, ["it needs `slm_tokenizer: trimmed`, got 'own'"]),
         ({"slm": "slice", "slm_layers": [7]}, ["each from 0 to 1", "got [7]"]),
         ({"start": "zero"}, ["`start: zero` needs `fusion: add`"]),
         ({"start": "states", "cache_features": False}, ["needs `cache_features: true`"]),

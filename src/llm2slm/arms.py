@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import LENGTH
-from .building import make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
+from .building import limit_tokenizer, make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
 from .configuration_llm2slm import LLM2SLMConfig
 from .data import DataCollatorForLLM2SLM, tokenize_pairs
 from .features import cache_prompt_features
@@ -146,6 +146,8 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         slm.save_pretrained(folder)
         slm_tokenizer.save_pretrained(folder)
         return
+    if options.llm_tokenizer == "trimmed":
+        llm_tokenizer = limit_tokenizer(llm_tokenizer, slm_tokenizer)
     tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
     model = compose(options, slm, token_ids)
     if options.start == "zero":
@@ -207,8 +209,9 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
     source = options.slm
     if source == "slice":
         source = options.slice_of or options.llm
-    # Its tokens are those it writes and, unless the LLM's states take the prompt's place, those it reads.
-    reads = options.arm == "slm" or (options.fusion == "add" and options.slm_tokenizer == "trimmed")
+    # Its tokens are those it writes and, where it or the LLM reads in its tokens, those of the prompts.
+    adds_own = options.fusion == "add" and options.slm_tokenizer == "trimmed"
+    reads = options.arm == "slm" or adds_own or options.llm_tokenizer == "trimmed"
     if options.slm_tokenizer == "trimmed":
         tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads), options.vocab_size)
     elif source == "fresh" and options.slm_tokenizer == "own":

@@ -105,7 +105,7 @@ def trim_tokenizer(
     source = Tokenizer.from_str(json.dumps(fields))
     old_ids = source.get_vocab(with_added_tokens=True)
     names = {old_id: token for token, old_id in old_ids.items()}
-    special = {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
+    special = _special_tokens(tokenizer)
 
     # 1. What is kept.
     own = set(model["vocab"] if model["type"] == "BPE" else (piece for piece, _ in model["vocab"]))
@@ -147,6 +147,38 @@ def trim_tokenizer(
     ), token_ids
 
 
+def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    r"""
+    The tokenizer that cuts texts as one that was trimmed from it, but into its own ids: an LLM then reads in the very
+    pieces that a small vocabulary writes. Its vocabulary stays, its merges become those of `trimmed`; letters that
+    `trimmed` has only as bytes stay letters.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast one whose model is a BPE. It is left as it is.
+        trimmed (`PreTrainedTokenizerBase`): From [`trim_tokenizer`] of it.
+
+    Raises:
+        ValueError: if it is not a fast tokenizer whose model is a BPE.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(tokenizer, "is_fast", False) or backend is None or not isinstance(backend.model, models.BPE):
+        raise ValueError(
+            f"Only a fast tokenizer whose model is a BPE can be limited, got {type(tokenizer).__name__}"
+            f"{'' if backend is None else f' with {type(backend.model).__name__}'}."
+        )
+    fields = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    fields["model"]["merges"] = json.loads(trimmed.backend_tokenizer.to_str())["model"]["merges"]
+    fields["model"]["ignore_merges"] = False  # it would take words from the whole vocabulary
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(fields)),
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        model_input_names=INPUT_NAMES,
+        chat_template=tokenizer.chat_template,
+        **_special_tokens(tokenizer),
+    )
+
+
 def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
     r"""
     The id in a trimmed tokenizer of each id of the LLM's, -1 for tokens it lacks: the `prompt_token_map` of
@@ -166,6 +198,10 @@ def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
     new_ids = torch.full((llm_vocab_size,), -1)
     new_ids[ids] = torch.arange(len(ids))
     return new_ids
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]):

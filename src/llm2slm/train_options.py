@@ -70,6 +70,11 @@ class TrainOptions:
         "own", "own: the SLM's, trained on the text for a fresh one; llm: the LLM's; trimmed: the LLM's, of the text's"
         " tokens"
     )  # fmt: skip
+    llm_tokenizer: Literal["own", "trimmed"] = _option(
+        "own",
+        "how the LLM's prompts are cut. own: as ever; trimmed: into the tokens of a trimmed SLM, which can so copy what"
+        " it reads",
+    )
     vocab_size: int | None = _option(
         None,
         "tokens at most, of a tokenizer trained for a fresh SLM (8192 if omitted) or trimmed (the most used ones)",
@@ -144,6 +149,12 @@ class TrainOptions:
                     f"The pretrained SLM {self.slm!r} has its own tokenizer: `slm_tokenizer` must be 'own', got "
                     f"{self.slm_tokenizer!r}. Other tokens are for `slm: fresh` and `slm: slice`."
                 )
+
+        if self.llm_tokenizer == "trimmed" and self.slm_tokenizer != "trimmed":
+            raise ValueError(
+                "`llm_tokenizer: trimmed` cuts prompts into the tokens of an SLM that has some of the LLM's: it needs "
+                f"`slm_tokenizer: trimmed`, got {self.slm_tokenizer!r}."
+            )
 
     def _check_start(self):
         if self.start == "zero" and self.fusion != "add":
