@@ -72,8 +72,8 @@ class TrainOptions:
     )  # fmt: skip
     llm_tokenizer: Literal["own", "trimmed"] = _option(
         "own",
-        "how the LLM's prompts are cut. own: as ever; trimmed: into the tokens of a trimmed SLM, which can so copy what"
-        " it reads",
+        "how the LLM's prompts are cut. own: as ever; trimmed: into the tokens of a trimmed SLM, which so can copy"
+        " what it reads",
     )
     vocab_size: int | None = _option(
         None,
