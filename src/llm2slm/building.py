@@ -137,14 +137,7 @@ def trim_tokenizer(
     for before, after in zip(_encode(source, texts), _encode(trimmed, texts), strict=True):
         if before != [token_ids[i] for i in after] and kept.issuperset(names[i] for i in before):
             raise ValueError(f"{type(tokenizer).__name__} cannot be trimmed: a text would become other tokens.")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trimmed,
-        model_max_length=tokenizer.model_max_length,
-        padding_side=tokenizer.padding_side,
-        model_input_names=INPUT_NAMES,
-        chat_template=tokenizer.chat_template,
-        **special,
-    ), token_ids
+    return _with_settings_of(tokenizer, trimmed), token_ids
 
 
 def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -169,14 +162,7 @@ def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedToken
     fields = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     fields["model"]["merges"] = json.loads(trimmed.backend_tokenizer.to_str())["model"]["merges"]
     fields["model"]["ignore_merges"] = False  # it would take words from the whole vocabulary
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(fields)),
-        model_max_length=tokenizer.model_max_length,
-        padding_side=tokenizer.padding_side,
-        model_input_names=INPUT_NAMES,
-        chat_template=tokenizer.chat_template,
-        **_special_tokens(tokenizer),
-    )
+    return _with_settings_of(tokenizer, Tokenizer.from_str(json.dumps(fields)))
 
 
 def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
@@ -202,6 +188,17 @@ def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(getattr(tokenizer, name)) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None}
+
+
+def _with_settings_of(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        model_input_names=INPUT_NAMES,
+        chat_template=tokenizer.chat_template,
+        **_special_tokens(tokenizer),
+    )
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]):
