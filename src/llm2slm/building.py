@@ -105,12 +105,11 @@ def trim_tokenizer(
     source = Tokenizer.from_str(json.dumps(fields))
     old_ids = source.get_vocab(with_added_tokens=True)
     names = {old_id: token for token, old_id in old_ids.items()}
-    special = _special_tokens(tokenizer)
 
     # 1. What is kept.
     own = set(model["vocab"] if model["type"] == "BPE" else (piece for piece, _ in model["vocab"]))
     ranks = {tuple(pair): rank for rank, pair in enumerate(model.get("merges", ()))}
-    always = [*special.values(), *_post_processor_tokens(post_processor)]
+    always = [*_special_tokens(tokenizer).values(), *_post_processor_tokens(post_processor)]
     used = Counter(names[i] for ids in _encode(source, texts) for i in ids)
     kept = _any_text_needs(model)
     for token in [*always, *(token for token, _ in used.most_common())]:
