@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import build_llm, build_model, build_slm, jitter
+from conftest import build_llm, build_model, build_slm, gemma3, jitter, llama
 from datasets import Dataset
 from test_building import CORPUS, OTHER_TEXTS, TEXTS, byte_level
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GraniteConfig
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.building import make_slm, slice_lm, token_map, trim_tokenizer
@@ -22,13 +23,13 @@ def build_llm_for(tokenizer, hidden_size=48, depth=2):
     return jitter(llm)
 
 
-def pair_with_a_trimmed_tokenizer(texts=PROMPTS, depth=2, **config):
+def pair_with_a_trimmed_tokenizer(texts=PROMPTS, depth=2, llm=None, **config):
     llm_tokenizer = byte_level()
-    llm = build_llm_for(llm_tokenizer, depth=depth)
+    llm = build_llm_for(llm_tokenizer, depth=depth) if llm is None else llm
     trimmed, token_ids = trim_tokenizer(llm_tokenizer, texts)
     torch.manual_seed(2)
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm,
+        copy.deepcopy(llm),
         slice_lm(llm, [1], token_ids),
         shared_tokenizer=True,
         prompt_token_map=token_map(len(llm_tokenizer), token_ids),
@@ -95,16 +96,39 @@ def test_a_start_at_zero_that_would_leave_nothing_of_the_prompt_is_refused(confi
 UPPER = {"llm_layer": 1, "projector_type": "linear", "projector_norm": None}  # the SLM is layer 2 of the LLM
 
 
-def test_from_the_llms_states_the_first_token_is_the_llms(tmp_path):
-    model, tokenizer = pair_with_a_trimmed_tokenizer(**UPPER)
-    llm, token_ids = build_llm_for(byte_level()), trim_tokenizer(byte_level(), PROMPTS)[1]
-    start_from_states(model, cached(model, tokenizer, tmp_path))
+def granite(hidden_size, vocab_size):
+    multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.2, "attention_multiplier": 0.1}
+    return llama(hidden_size, vocab_size, GraniteConfig, **multipliers, logits_scaling=8.0)
+
+
+def gemma2(hidden_size, vocab_size):
+    return llama(hidden_size, vocab_size, Gemma2Config, head_dim=8)
+
+
+# Gemma 3 multiplies the embeddings that it looks up; Granite, and Gemma 2 before Transformers 5, those it is given.
+@pytest.mark.parametrize("kind", [llama, gemma3, gemma2, granite])
+def test_from_the_llms_states_the_slice_sees_and_says_what_the_llm_does(kind, tmp_path):
+    torch.manual_seed(0)
+    llm = jitter(AutoModelForCausalLM.from_config(kind(48, len(byte_level())))).eval()
+    model, tokenizer = pair_with_a_trimmed_tokenizer(llm=llm, **UPPER)
+    token_ids = trim_tokenizer(byte_level(), PROMPTS)[1]
+    data = cached(model, tokenizer, tmp_path)
+    start_from_states(model, data)
     for text in PROMPTS:
         batch = tokenizer(text, return_tensors="pt")
         with torch.no_grad():
             found = model(**batch, labels=torch.tensor([[0]])).logits[0, 0]
             expected = llm(**batch).logits[0, -1, token_ids]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for index in (0, 3):
+        ids = torch.tensor([data[index]["input_ids"]])
+        with torch.no_grad():
+            seen = model.slm.get_decoder()(
+                model.prompt_token_map[ids].long(), output_hidden_states=True
+            ).hidden_states[0]
+            states = llm(ids, output_hidden_states=True).hidden_states[1]
+        assert seen[:, 1:].norm().item() == pytest.approx(states[:, 1:].norm().item(), rel=0.5)
+    assert fit_head(model, llm, data) == pytest.approx(1.0, abs=1e-3)  # no layer is left out
 
 
 def test_from_the_llms_states_a_token_is_embedded_as_its_mean_state(tmp_path):
@@ -145,6 +169,13 @@ def test_added_to_the_mean_states_the_projection_is_zero_at_first(tmp_path):
 def test_a_start_from_states_that_cannot_be_made_says_so(change, match, tmp_path):
     model, tokenizer = pair_with_a_trimmed_tokenizer(**{**UPPER, **change})
     with pytest.raises(ValueError, match=match):
+        start_from_states(model, cached(model, tokenizer, tmp_path))
+
+
+def test_a_start_from_states_of_an_slm_that_normalises_embeddings_is_refused(tmp_path):
+    bloom = BloomConfig(vocab_size=len(byte_level()), hidden_size=48, n_layer=2, n_head=4)
+    model, tokenizer = pair_with_a_trimmed_tokenizer(llm=AutoModelForCausalLM.from_config(bloom), **UPPER)
+    with pytest.raises(ValueError, match="BloomForCausalLM normalises them"):
         start_from_states(model, cached(model, tokenizer, tmp_path))
 
 

@@ -64,9 +64,11 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         `float`: The share of the mean states' variance that the regression explains (R²).
 
     Raises:
-        ValueError: if the model is another kind, a column is missing, or no token of the prompts is the SLM's.
+        ValueError: if the model is another kind, a column is missing, no token of the prompts is the SLM's, or the SLM
+            normalises embeddings.
     """
     config = model.config
+    given, looked_up = _input_scales(model.slm)
     needed = {
         "shared_tokenizer": (config.shared_tokenizer, True),
         "the number of layers read": (len(config.llm_layers), 1),
@@ -105,8 +107,11 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.slm.config.tie_word_embeddings = False
         config.slm_config = model.slm.config
-    embeddings.weight.copy_(start)
-    (nn.init.eye_ if config.fusion == "replace" else nn.init.zeros_)(model.projector.out.weight)
+    embeddings.weight.copy_(start / (given * looked_up))
+    if config.fusion == "replace":
+        model.projector.out.weight.copy_(torch.eye(config.slm_hidden_size) / given)
+    else:
+        nn.init.zeros_(model.projector.out.weight)
     nn.init.zeros_(model.projector.out.bias)
     return regression.r_squared(weight, bias)
 
@@ -142,18 +147,49 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
     was_training = slm.training
     slm.eval()
+    given, _ = _input_scales(slm)
     try:
         for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" prompts"):
             row = dataset[index]
             ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
-            own = slm.base_model(inputs_embeds=states.to(slm.device, slm.dtype)).last_hidden_state
-            final = lm.base_model(ids.to(lm.device)).last_hidden_state
+            own = _body(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
+            final = _body(lm)(ids.to(lm.device)).last_hidden_state
             regression.add(own[0, 1:], final[0, 1:])  # the first position is an attention sink
     finally:
         slm.train(was_training)
     weight, bias = regression.solve()
     head.weight.copy_(head.weight.double() @ weight.T.to(head.weight.device))
     return regression.r_squared(weight, bias)
+
+
+def _body(lm):
+    """A decoder-only model without its head. In Transformers 4 each of the two ways is the model itself for some."""
+    decoder = lm.get_decoder()
+    return lm.base_model if decoder is lm else decoder
+
+
+def _input_scales(slm) -> tuple[float, float]:
+    """
+    What a decoder-only SLM multiplies the embeddings by that it is given (Granite, older Gemmas), and what its
+    embedding layer multiplies those by that it looks up (Gemma 3).
+    """
+    embeddings, training = slm.get_input_embeddings(), slm.training
+    norms = embeddings.weight.float().norm(dim=1)
+    looked_up = float(embeddings(norms.argmax()).float().norm() / norms.max())
+    if slm.config.is_encoder_decoder:
+        return 1.0, looked_up
+    once = torch.ones(1, 1, slm.config.hidden_size, device=slm.device, dtype=slm.dtype)
+    slm.eval()
+    first, second = (
+        _body(slm)(inputs_embeds=embeds, output_hidden_states=True).hidden_states[0] for embeds in (once, 2 * once)
+    )
+    slm.train(training)
+    if torch.allclose(first, second):
+        raise ValueError(
+            f"A start from the LLM's states needs an SLM that takes embeddings as they are, or scaled; "
+            f"{type(slm).__name__} normalises them."
+        )
+    return float((second - first).mean()), looked_up
 
 
 def _evenly_spaced(dataset: Dataset, max_rows: int) -> range:
