@@ -232,6 +232,13 @@ def find_layers(llm: nn.Module, num_layers: int) -> nn.ModuleList:
     raise ValueError(f"{type(llm).__name__} has no list of {num_layers} layers: only `llm_layer=-1` can be read.")
 
 
+def without_head(lm: PreTrainedModel) -> PreTrainedModel:
+    """What of a model gives hidden states; itself if it has no head."""
+    if lm.base_model is not lm:
+        return lm.base_model
+    return lm.model if lm.can_generate() else lm  # Gemma 3 in Transformers 4 names no base model
+
+
 def truncate(llm: PreTrainedModel, num_layers: int, depth: int) -> PreTrainedModel:
     """A shallow copy of `llm` that shares its parameters and has only its first `depth` layers (at least one)."""
     layers = find_layers(llm, num_layers)

@@ -89,9 +89,7 @@ def trim_tokenizer(
     Raises:
         ValueError: if it is not a fast tokenizer, its algorithm is not supported, or there is no text.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"`tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}.")
-    fields = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    fields = _fields_of(tokenizer)
     model, post_processor = fields["model"], fields["post_processor"]
     marks = [mark for name in ("continuing_subword_prefix", "end_of_word_suffix") if (mark := model.get(name))]
     if model["type"] not in ("BPE", "Unigram") or marks:
@@ -152,15 +150,15 @@ def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedToken
     Raises:
         ValueError: if it is not a fast tokenizer whose model is a BPE.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not getattr(tokenizer, "is_fast", False) or backend is None or not isinstance(backend.model, models.BPE):
+    fields = _fields_of(tokenizer)
+    model = fields["model"]
+    if model["type"] != "BPE":
         raise ValueError(
-            f"Only a fast tokenizer whose model is a BPE can be limited, got {type(tokenizer).__name__}"
-            f"{'' if backend is None else f' with {type(backend.model).__name__}'}."
+            "Only a tokenizer whose model is a BPE can be limited, got "
+            f"{type(tokenizer).__name__} with {model['type']}."
         )
-    fields = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    fields["model"]["merges"] = json.loads(trimmed.backend_tokenizer.to_str())["model"]["merges"]
-    fields["model"]["ignore_merges"] = False  # it would take words from the whole vocabulary
+    model["merges"] = _fields_of(trimmed)["model"]["merges"]
+    model["ignore_merges"] = False  # it would take words from the whole vocabulary
     return _with_settings_of(tokenizer, Tokenizer.from_str(json.dumps(fields)))
 
 
@@ -183,6 +181,13 @@ def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
     new_ids = torch.full((llm_vocab_size,), -1)
     new_ids[ids] = torch.arange(len(ids))
     return new_ids
+
+
+def _fields_of(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What its tokenizer.json says, without how the last call cut and padded."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"`tokenizer` must be a fast tokenizer, got {type(tokenizer).__name__}.")
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

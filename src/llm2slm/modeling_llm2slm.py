@@ -44,6 +44,7 @@ from .loading_llm2slm import (
     slm_auto_class,
     split_gguf,
     truncate,
+    without_head,
 )
 
 if TYPE_CHECKING:  # save_pretrained copies the files it finds as relative imports: these two complete the checkpoint
@@ -245,12 +246,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
 
     def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
         """What of `llm` reads the prompt, up to the highest layer asked for; it shares the parameters."""
-        if self.config.llm_config.is_encoder_decoder:
-            llm = llm.get_encoder()
-        elif llm.base_model is not llm:  # no head
-            llm = llm.base_model
-        elif llm.can_generate():  # Gemma 3 in Transformers 4 names no base model
-            llm = llm.model
+        llm = llm.get_encoder() if self.config.llm_config.is_encoder_decoder else without_head(llm)
         num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
         return truncate(llm, num_layers, depth) if depth < num_layers else llm
 

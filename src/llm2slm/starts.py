@@ -9,10 +9,14 @@ A projector fitted to the SLM's own embeddings of the prompt was tried, and no b
 (results/choosing.md).
 """
 
+from contextlib import contextmanager
+
 import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
+
+from .loading_llm2slm import without_head
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
@@ -68,7 +72,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
             normalises embeddings.
     """
     config = model.config
-    given, looked_up = _input_scales(model.slm)
+    given = 1.0 if config.slm_config.is_encoder_decoder else _given_scale(model.slm)
     needed = {
         "shared_tokenizer": (config.shared_tokenizer, True),
         "the number of layers read": (len(config.llm_layers), 1),
@@ -107,7 +111,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.slm.config.tie_word_embeddings = False
         config.slm_config = model.slm.config
-    embeddings.weight.copy_(start / (given * looked_up))
+    embeddings.weight.copy_(start / (given * _looked_up_scale(model.slm)))
     if config.fusion == "replace":
         model.projector.out.weight.copy_(torch.eye(config.slm_hidden_size) / given)
     else:
@@ -145,51 +149,50 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     if head.weight is slm.get_input_embeddings().weight:
         raise ValueError("The SLM's head is its embeddings: `start_from_states` comes first and gives it its own.")
     regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
-    was_training = slm.training
-    slm.eval()
-    given, _ = _input_scales(slm)
-    try:
+    given = _given_scale(slm)
+    with _in_eval_mode(slm):
         for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" prompts"):
             row = dataset[index]
             ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
-            own = _body(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
-            final = _body(lm)(ids.to(lm.device)).last_hidden_state
+            own = without_head(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
+            final = without_head(lm)(ids.to(lm.device)).last_hidden_state
             regression.add(own[0, 1:], final[0, 1:])  # the first position is an attention sink
-    finally:
-        slm.train(was_training)
     weight, bias = regression.solve()
     head.weight.copy_(head.weight.double() @ weight.T.to(head.weight.device))
     return regression.r_squared(weight, bias)
 
 
-def _body(lm):
-    """A decoder-only model without its head. In Transformers 4 each of the two ways is the model itself for some."""
-    decoder = lm.get_decoder()
-    return lm.base_model if decoder is lm else decoder
-
-
-def _input_scales(slm) -> tuple[float, float]:
-    """
-    What a decoder-only SLM multiplies the embeddings by that it is given (Granite, older Gemmas), and what its
-    embedding layer multiplies those by that it looks up (Gemma 3).
-    """
-    embeddings, training = slm.get_input_embeddings(), slm.training
-    norms = embeddings.weight.float().norm(dim=1)
-    looked_up = float(embeddings(norms.argmax()).float().norm() / norms.max())
-    if slm.config.is_encoder_decoder:
-        return 1.0, looked_up
+def _given_scale(slm) -> float:
+    """What a decoder-only SLM multiplies the embeddings by that it is given: Granite and older Gemmas do so."""
     once = torch.ones(1, 1, slm.config.hidden_size, device=slm.device, dtype=slm.dtype)
-    slm.eval()
-    first, second = (
-        _body(slm)(inputs_embeds=embeds, output_hidden_states=True).hidden_states[0] for embeds in (once, 2 * once)
-    )
-    slm.train(training)
+    with _in_eval_mode(slm):
+        first, second = (
+            without_head(slm)(inputs_embeds=embeds, output_hidden_states=True).hidden_states[0]
+            for embeds in (once, 2 * once)
+        )
     if torch.allclose(first, second):
         raise ValueError(
             f"A start from the LLM's states needs an SLM that takes embeddings as they are, or scaled; "
             f"{type(slm).__name__} normalises them."
         )
-    return float((second - first).mean()), looked_up
+    return float((second - first).mean())
+
+
+def _looked_up_scale(slm) -> float:
+    """What an SLM's embedding layer multiplies the embeddings by that it looks up: Gemma 3's does so."""
+    embeddings = slm.get_input_embeddings()
+    norms = embeddings.weight.float().norm(dim=1)
+    return float(embeddings(norms.argmax()).float().norm() / norms.max())
+
+
+@contextmanager
+def _in_eval_mode(model):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _evenly_spaced(dataset: Dataset, max_rows: int) -> range:

@@ -149,7 +149,6 @@ class TrainOptions:
                     f"The pretrained SLM {self.slm!r} has its own tokenizer: `slm_tokenizer` must be 'own', got "
                     f"{self.slm_tokenizer!r}. Other tokens are for `slm: fresh` and `slm: slice`."
                 )
-
         if self.llm_tokenizer == "trimmed" and self.slm_tokenizer != "trimmed":
             raise ValueError(
                 "`llm_tokenizer: trimmed` cuts prompts into the tokens of an SLM that has some of the LLM's: it needs "
