@@ -140,8 +140,8 @@ def trim_tokenizer(
 def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     r"""
     The tokenizer that cuts texts as one that was trimmed from it, but into its own ids: an LLM then reads in the very
-    pieces that a small vocabulary writes. Its vocabulary stays, its merges become those of `trimmed`; letters that
-    `trimmed` has only as bytes stay letters.
+    pieces that a small vocabulary writes. Its tokens and merges become those of `trimmed`, as they were numbered;
+    letters that `trimmed` has only as bytes stay letters.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast one whose model is a BPE. It is left as it is.
@@ -157,8 +157,13 @@ def limit_tokenizer(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedToken
             "Only a tokenizer whose model is a BPE can be limited, got "
             f"{type(tokenizer).__name__} with {model['type']}."
         )
+    kept = trimmed.get_vocab()
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in kept]
+    # Added tokens too: those outside of the model's own vocabulary would be numbered anew.
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if token in kept or len(token) == 1} | {
+        token["content"]: token["id"] for token in fields["added_tokens"]
+    }
     model["merges"] = _fields_of(trimmed)["model"]["merges"]
-    model["ignore_merges"] = False  # it would take words from the whole vocabulary
     return _with_settings_of(tokenizer, Tokenizer.from_str(json.dumps(fields)))
 
 
