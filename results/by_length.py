@@ -3,7 +3,8 @@ A Markdown table of reports of `llm2slm evaluate` by the length of the reference
 
     python results/by_length.py results/simplify/q-replace.json results/simplify/q-slm.json
 
-The examples are put into thirds by the reference's words; each cell has BLEU and chrF of a third.
+The examples are put into thirds by the reference's words; each cell has BLEU and chrF of a third. The last column
+counts the responses of more words than one and a half times the reference's and ten: those that go on and on.
 """
 
 import sys
@@ -22,10 +23,12 @@ def main(paths: list[str]):
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     thirds = [order[len(order) * k // 3 : len(order) * (k + 1) // 3] for k in range(3)]
     spans = [f"{lengths[third[0]]} to {lengths[third[-1]]} words" for third in thirds]
-    print("| System | " + " | ".join(spans) + " |")
-    print("|---|" + "---:|" * len(spans))
+    print("| System | " + " | ".join(spans) + " | go on and on |")
+    print("|---|" + "---:|" * (len(spans) + 1))
     for report, rows in zip(reports, texts, strict=True):
-        print(f"| {report['system']} | " + " | ".join(scores([rows[i] for i in third]) for third in thirds) + " |")
+        cells = [scores([rows[i] for i in third]) for third in thirds]
+        too_long = sum(len(row["response"].split()) > 1.5 * n + 10 for row, n in zip(rows, lengths, strict=True))
+        print(f"| {report['system']} | " + " | ".join(cells) + f" | {too_long} |")
 
 
 def scores(rows: list[dict[str, str]]) -> str:

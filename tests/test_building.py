@@ -193,13 +193,18 @@ def test_a_limited_tokenizer_cuts_as_the_trimmed_one_into_its_own_ids(build, tmp
     assert any(limited(text)["input_ids"] != tokenizer(text)["input_ids"] for text in texts)
 
 
-def test_a_limited_tokenizer_reads_no_word_whole_that_the_trimmed_one_lacks():
+def test_a_limited_tokenizer_reads_those_words_whole_that_the_trimmed_one_has():
     tokenizer = whole_words()
     text = "a Babylonian"
     trimmed, token_ids = trim_tokenizer(tokenizer, ["a king"])
     assert tokenizer.tokenize(text)[-1] == "ĠBabylonian"
     limited = limit_tokenizer(tokenizer, trimmed)
     assert limited(text)["input_ids"] == [token_ids[i] for i in trimmed(text)["input_ids"]]
+
+    whole, token_ids = trim_tokenizer(tokenizer, [text])
+    limited = limit_tokenizer(tokenizer, whole)
+    assert limited.tokenize(text)[-1] == "ĠBabylonian"
+    assert limited(text)["input_ids"] == [token_ids[i] for i in whole(text)["input_ids"]]
 
 
 def test_what_cannot_be_limited_says_so():
