@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LLM_VOCAB, build_llm, build_model, build_prompts
 from datasets import Dataset, load_from_disk
+from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from llm2slm import LLM2SLMForConditionalGeneration
@@ -211,6 +213,23 @@ def test_two_processes_share_the_work_of_one(tmp_path):
     processes = [start_caching(tmp_path / "cache", die_at=-1) for _ in range(2)]
     outputs = [process.communicate()[0].split() for process in processes]
     assert sorted(outputs) == [["0", "12"], ["6", "12"]]
+
+
+def test_waiting_for_another_process_is_said(model, prompts, tmp_path, caplog):
+    cache_prompt_features(prompts, model, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert not caplog.text
+    cached = []
+    with FileLock(folder / "lock"):
+        thread = threading.Thread(target=lambda: cached.append(cache_prompt_features(prompts, model, tmp_path)))
+        thread.start()
+        while thread.is_alive() and not caplog.text:
+            thread.join(timeout=0.05)
+        assert f"Another process writes prompt features to {folder}: waiting" in caplog.text and not cached
+    thread.join()
+    assert len(cached[0]) == len(prompts)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -13,6 +13,7 @@ Choices made here:
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -28,12 +29,14 @@ import pyarrow
 import torch
 from datasets import Dataset
 from datasets.features.features import register_feature
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .loading_llm2slm import fingerprint
+
+logger = logging.getLogger(__name__)
 
 COLUMN = "prompt_hidden_states"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -93,7 +96,13 @@ def cache_prompt_features(
     if any(key not in places for key, _ in prompts):
         folder.mkdir(parents=True, exist_ok=True)
         # Of the processes of one training, the first to come writes, the others wait and read.
-        with FileLock(folder / "lock"):
+        lock = FileLock(folder / "lock")
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning(f"Another process writes prompt features to {folder}: waiting until it is done.")
+            held = lock.acquire()
+        with held:
             _write_missing(dataset, prompts, _find_places(folder), model, folder, DTYPES[dtype], llm_kwargs or {})
         places = _find_places(folder)
     return dataset.add_column(COLUMN, [places[key] for key, _ in prompts], feature=PromptHiddenStates(str(folder)))
