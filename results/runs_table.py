@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 # Said in columns of their own, or of no effect on the result.
-ELSEWHERE = ("max_train_pairs", "max_validation_pairs", "eval_steps", "warmup_steps", "use_cpu", "disable_tqdm")
+ELSEWHERE = (
+    "max_train_pairs max_validation_pairs warmup_steps eval_steps save_steps logging_steps use_cpu disable_tqdm"
+).split()
 COLUMNS = ("Training", "Differs in", "Pairs", "Epochs", "Trained parameters", "Minutes", "Peak GiB", "Validation loss")
 
 
