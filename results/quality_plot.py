@@ -1,8 +1,9 @@
 """
 Score against speed: evaluation reports, each at the seconds that a benchmark measured for a model of its kind.
 
-    python results/quality_plot.py --benchmark results/simplify/benchmark-three-layers.json --metric chrf --output quality.png \
-        slm=results/simplify/q-slm.json llm2slm=results/simplify/q-replace.json llm=results/simplify/q-llm-lora.json
+    python results/quality_plot.py --benchmark results/simplify/benchmark-three-layers.json --metric chrf \
+        --output quality.png slm=results/simplify/q-slm.json llm2slm=results/simplify/q-replace.json \
+        llm=results/simplify/q-llm-lora.json
 
 The word before each report is the benchmarked system whose speed it has.
 """
