@@ -225,8 +225,9 @@ def test_waiting_for_another_process_is_said(model, prompts, tmp_path, caplog):
     with FileLock(folder / "lock"):
         thread = threading.Thread(target=lambda: cached.append(cache_prompt_features(prompts, model, tmp_path)))
         thread.start()
-        while thread.is_alive() and not caplog.text:
-            thread.join(timeout=0.05)
+        for _ in range(1200):  # a minute at most
+            if not caplog.text:
+                thread.join(timeout=0.05)
         assert f"Another process writes prompt features to {folder}: waiting" in caplog.text and not cached
     thread.join()
     assert len(cached[0]) == len(prompts)
