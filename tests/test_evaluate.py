@@ -225,6 +225,19 @@ def test_formats_are_those_of_the_training_unless_the_options_say_others(folders
     assert a["data"]["fingerprint"] != b["data"]["fingerprint"]
 
 
+def test_formats_of_a_checkpoint_amid_a_training_are_those_of_the_recipe_beside_it(folders, data, tmp_path):
+    run = tmp_path / "run"
+    load_slm(folders["causal"]).save_pretrained(run / "checkpoint-2")
+    build_slm_tokenizer().save_pretrained(run / "checkpoint-2")
+    shutil.copytree(run / "checkpoint-2", run / "other")
+    (run / "recipe.yaml").write_text('prompt_format: "{prompt} so"\nprompt_max_length: 3\ntruncate: true\n')
+    for name, prompt, limit in (("checkpoint-2", "w1 w2 w3 so", 3), ("other", "w1 w2 w3", None)):
+        output = tmp_path / f"{name}.json"
+        evaluate("--model", run / name, "--data", data, "--output", output)
+        report, texts = read(output)
+        assert texts[0]["prompt"] == prompt and report["generation"]["prompt_max_length"] == limit
+
+
 def test_prompts_are_cut_only_when_asked_for(folders, data, tmp_path):
     evaluate("--model", folders["causal"], "--data", data, "--output", tmp_path / "all.json")
     evaluate(

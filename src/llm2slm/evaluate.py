@@ -22,6 +22,7 @@ from typing import Any
 
 from .cli import add_loading_arguments, check_new_file, main, positive_int, write_aside
 from .comparison import METRICS, compare_reports, score_table, texts_path
+from .run_folder import read_run
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
@@ -177,24 +178,6 @@ def import_extras():
     except ImportError as error:
         raise ImportError(f"{error}. Evaluation needs: pip install 'llm-to-slm[train]'") from error
     return metrics, pairs
-
-
-def read_run(model: str) -> dict[str, Any]:
-    """
-    What `llm2slm train` wrote of the training into the model's folder: `recipe`, `data` and `llm`, empty if it wrote
-    nothing.
-
-    Raises:
-        ValueError: if the file is something else.
-    """
-    path = Path(model) / "run.json"
-    if not path.is_file():
-        return {"recipe": {}, "data": {}, "llm": None}
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return {"recipe": dict(run.get("recipe", {})), "data": dict(run["data"]), "llm": run["llm"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not what `llm2slm train` writes: {error!r}.") from error
 
 
 def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import check_new_file, main, positive_int, write_aside
+from .run_folder import read_run
 
 SETTINGS, RECORD = "settings.json", "label.json"
 
@@ -100,7 +101,6 @@ def run(args: argparse.Namespace) -> None:
         from datasets import DatasetDict
     except ImportError as error:
         raise ImportError(f"{error}. Labelling needs: pip install 'llm-to-slm[train]'") from error
-    from .evaluate import read_run
     from .report import machine, versions
 
     trained = read_run(args.llm)

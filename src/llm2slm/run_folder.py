@@ -65,6 +65,34 @@ def _said(recipe: dict[str, Any], name: str) -> str:
     return repr(recipe[name]) if name in recipe else "the default"
 
 
+def read_run(model: str) -> dict[str, Any]:
+    r"""
+    What the folder of a model says of its training.
+
+    Args:
+        model (`str`): A training's folder, one of its `checkpoint-N`, or another model: a folder or a name.
+
+    Returns:
+        `dict[str, Any]`: `recipe`, `data` (with the formats of prompt and completion) and `llm`; of a `checkpoint-N`
+        what the recipe beside it says, and empty for a model that `llm2slm train` did not write.
+
+    Raises:
+        ValueError: if `run.json` is something else.
+    """
+    path, beside = Path(model) / REPORT, Path(model).absolute().parent / RECIPE
+    try:
+        if path.is_file():
+            run = json.loads(path.read_text(encoding="utf-8"))
+            return {"recipe": dict(run.get("recipe", {})), "data": dict(run["data"]), "llm": run["llm"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not what `llm2slm train` writes: {error!r}.") from error
+    if Path(model).name.startswith(PREFIX_CHECKPOINT_DIR) and beside.is_file():
+        recipe = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        formats = {name: recipe.get(name) for name in ("prompt_format", "completion_format")}
+        return {"recipe": recipe, "data": formats, "llm": {"name_or_path": recipe["llm"]} if "llm" in recipe else None}
+    return {"recipe": {}, "data": {}, "llm": None}
+
+
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a folder aside, and renames it to `folder`: what stands there is complete."""
     aside = folder.with_name(f"{folder.name}.part")
