@@ -185,7 +185,7 @@ def test_a_start_from_states_needs_states_of_the_slms_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['prompt_hidden_states'\].*cache_prompt_features"):
         start_from_states(model, Dataset.from_dict({"input_ids": [[1, 2]]}))
     of_one_token = cached(model, tokenizer, tmp_path, ["a", "b"])  # and the first is left out
-    with pytest.raises(ValueError, match="No token of the prompts is in the SLM's vocabulary"):
+    with pytest.raises(ValueError, match="No token of the texts is in the SLM's vocabulary"):
         start_from_states(model, of_one_token)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 

@@ -323,6 +323,30 @@ def test_a_slice_of_the_upper_layers_starts_at_the_llms_states(recipe, files):
     assert len(tokenizer) == model.config.vocab_size < llm.config.vocab_size
 
 
+def test_what_only_responses_have_starts_at_its_states_there(recipe, files):
+    llm, tokenizer = (kind.from_pretrained(files / "bpe") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    layer = llm.config.num_hidden_layers - 1
+    changes = {"llm": str(files / "bpe"), "slm": "slice", "slm_tokenizer": "trimmed", "slm_layers": [layer]}
+    kind = {"projector_type": "linear", "projector_norm": "none", "llm_layer": layer, "start": "states"}
+    assert train(recipe, **changes, **kind, max_steps=1, learning_rate=0.0) is None
+    pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()][:48]
+    states = {"▁b": [], "▁c": []}
+    for pair in pairs:
+        prompt = tokenizer(pair["prompt"])["input_ids"]
+        ids = [*prompt, *tokenizer(pair["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            read = llm(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+        for token, state in zip(tokenizer.convert_ids_to_tokens(ids), read, strict=True):
+            if token in states:
+                states[token].append(state)
+    slm_ids = AutoTokenizer.from_pretrained(recipe["output_dir"], trust_remote_code=True).get_vocab()
+    embeddings = load(recipe).slm.get_input_embeddings().weight
+    for token, found in states.items():
+        assert len(found) > 20
+        mean = torch.stack(found).mean(dim=0)
+        assert (embeddings[slm_ids[token]] - mean).norm() < 0.2 * mean.norm(), token
+
+
 def test_the_slm_alone_starts_at_the_same_embeddings(recipe, files):
     depth = AutoModelForCausalLM.from_pretrained(files / "bpe").config.num_hidden_layers
     changes = {"llm": str(files / "bpe"), "slm": "slice", "slm_tokenizer": "trimmed", "slm_layers": [depth - 1]}

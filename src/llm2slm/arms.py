@@ -28,6 +28,7 @@ from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
 FRESH_VOCAB_SIZE = 8192
+MAX_TEXTS = 1024  # read for a start from the LLM's states
 PAD_TO_MULTIPLE_OF = 8  # fewer different sizes: freed memory fits the next batch, and a GPU's matrix units are used
 
 
@@ -156,15 +157,33 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         examples = make_examples(replace(options, arm="llm2slm"), pairs, model, tokenizer)
         model.llm.to(device)
         examples = cache_features(options, examples, model)
-        model.llm.to("cpu")
         if options.start == "states":
-            start_from_states(model, examples["train"])
+            texts = read_texts(options, examples["train"], model, token_ids)
+            start_from_states(model, texts)
             if options.slm == "slice" and options.slice_of in ("", options.llm) and not slm.config.is_encoder_decoder:
                 whole = load_slm(options.llm, dtype=options.llm_dtype).to(device)
-                fit_head(model, whole, examples["train"])
+                fit_head(model, whole, texts)
+        model.llm.to("cpu")
     alone = options.arm == "slm"
     (model.slm if alone else model).save_pretrained(folder)
     (slm_tokenizer if alone else tokenizer).save_pretrained(folder)
+
+
+def read_texts(options: TrainOptions, examples: Dataset, model, token_ids: list[int] | None) -> Dataset:
+    """
+    Prompts with their responses behind them, as a decoder-only LLM reads them, with its states: what the SLM is to
+    write is in them, and may be in another language than the prompts. Prompts alone for an encoder-decoder.
+    """
+    if token_ids is None or model.config.llm_text_config.is_encoder_decoder:
+        return examples
+    rows = examples.select(range(0, len(examples), -(-len(examples) // MAX_TEXTS)))
+    longest = max_positions(model.config.llm_text_config)
+
+    def join(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {"input_ids": (row["input_ids"] + [token_ids[i] for i in row["labels"]])[:longest]}
+
+    texts = rows.select_columns(["input_ids", "labels"]).map(join, remove_columns="labels", desc="Joining")
+    return cache_features(options, {"train": texts}, model)["train"]
 
 
 def load_start(options: TrainOptions, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

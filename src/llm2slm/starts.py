@@ -48,7 +48,7 @@ def start_at_zero(model):
 def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     r"""
     Starts an SLM made of the LLM's layers above the one that is read at the LLM's own states: the SLM's input
-    embedding of a token becomes the mean state of that token in the prompts, and with `fusion="replace"` the projector
+    embedding of a token becomes the mean state of that token in the texts, and with `fusion="replace"` the projector
     passes the states on unchanged; with `"add"` its last layer starts at zero, and each prompt token at its mean
     state. Tokens that are rare there get what a ridge regression from their own embeddings predicts. The head stays as
     it is.
@@ -60,15 +60,15 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
             Changed in place. With one tokenizer (maybe trimmed), states of one layer, an SLM as wide as the LLM, from
             [`~llm2slm.building.slice_lm`], and for `fusion="replace"` a linear projector without normalisation.
         dataset (`datasets.Dataset`):
-            With the columns `input_ids` (prompts, LLM's tokenizer) and `prompt_hidden_states` (from
-            [`~llm2slm.features.cache_prompt_features`]).
+            With the columns `input_ids` (texts, LLM's tokenizer: prompts, with their responses if these are in other
+            words) and `prompt_hidden_states` (from [`~llm2slm.features.cache_prompt_features`]).
         max_rows (`int`, *optional*, defaults to 4096): This many rows are counted, evenly spaced.
 
     Returns:
         `float`: The share of the mean states' variance that the regression explains (R²).
 
     Raises:
-        ValueError: if the model is another kind, a column is missing, no token of the prompts is the SLM's, or the SLM
+        ValueError: if the model is another kind, a column is missing, no token of the texts is the SLM's, or the SLM
             normalises embeddings.
     """
     config = model.config
@@ -99,7 +99,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         sums.index_add_(0, ids[known], torch.as_tensor(row["prompt_hidden_states"])[1:][known].double())
         counts += torch.bincount(ids[known], minlength=config.vocab_size)
     if counts.sum() == 0:
-        raise ValueError("No token of the prompts is in the SLM's vocabulary.")
+        raise ValueError("No token of the texts is in the SLM's vocabulary.")
     own, means = embeddings.weight.detach().cpu().double(), sums / counts.clamp(min=1)[:, None]
     regression = _RidgeRegression(own.shape[1], means.shape[1])
     regression.add(own, means, counts)
@@ -124,7 +124,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
 def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     r"""
     Fits the head of an SLM that is a slice of the LLM to the slice: a linear map from the slice's final states to
-    those of the whole LLM, found by ridge regression on the prompts, becomes part of the head. The layers between,
+    those of the whole LLM, found by ridge regression on the texts, becomes part of the head. The layers between,
     which the slice lacks, are made up for as far as a linear map can: a tuned lens (Belrose et al.,
     [arXiv 2303.08112](https://arxiv.org/abs/2303.08112)) for a stack with gaps.
 
@@ -134,9 +134,9 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
             its own: [`start_from_states`] comes before.
         lm (`PreTrainedModel`): The whole LLM with its head, decoder-only, of which the SLM is a slice.
         dataset (`datasets.Dataset`):
-            With the columns `input_ids` (prompts, LLM's tokenizer) and `prompt_hidden_states` (from
+            With the columns `input_ids` (texts, LLM's tokenizer) and `prompt_hidden_states` (from
             [`~llm2slm.features.cache_prompt_features`]).
-        max_rows (`int`, *optional*, defaults to 512): This many prompts are read, evenly spaced.
+        max_rows (`int`, *optional*, defaults to 512): This many texts are read, evenly spaced.
 
     Returns:
         `float`: The share of the LLM's final states' variance that the map explains (R²).
@@ -151,7 +151,7 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
     given = _given_scale(slm)
     with _in_eval_mode(slm):
-        for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" prompts"):
+        for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" texts"):
             row = dataset[index]
             ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
             own = without_head(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
