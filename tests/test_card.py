@@ -118,10 +118,11 @@ def test_the_text_is_what_the_run_and_its_evaluation_recorded(files, run):
 
 def test_other_systems_stand_beside_it_with_paired_tests(files, run):
     reports = [files / f"{arm}.json" for arm in ("slm", "llm2slm", "llm")]
-    text = card(run, "--slm-name", "tester/t5", "--license", "mit", "--report", *reports).text
-    rows = re.findall(r"^\| (run-\w+) \|", text, re.MULTILINE)
-    assert rows == ["run-llm2slm", "run-slm", "run-llm", "run-slm", "run-llm"]  # scores, then differences to the first
-    assert "| Minus run-llm2slm |" in text
+    named = ("--slm-name", "tester/t5", "--model-id", "tester/named")
+    text = card(run, *named, "--license", "mit", "--report", *reports).text
+    rows = re.findall(r"^\| (run-\w+|named) \|", text, re.MULTILINE)
+    assert rows == ["named", "run-slm", "run-llm", "run-slm", "run-llm"]  # scores, then differences to the first
+    assert "| Minus named |" in text
 
 
 def test_without_a_report_nothing_is_said_of_quality(run):

@@ -86,6 +86,14 @@ def test_a_package_that_is_not_installed_is_named(checkpoint):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path="package:no_such_package")
 
 
+def test_a_package_without_its_model_is_named(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "llm_in_parts").mkdir()
+    (tmp_path / "llm_in_parts" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OSError, match="no model in .*llm_in_parts.*join them there"):
+        LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path="package:llm_in_parts")
+
+
 def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):
     model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         title=model_name(args),
         summary=summarize(trained, folder, bases),
         **describe_use(args, trained, folder, bases, reports, own, task),
-        **describe_results(reports, own),
+        **describe_results(model_name(args), reports, own),
         benchmark=None if benchmark is None else describe_speed(benchmark),
         training=describe_training(trained),
         options=[(name, as_code(value)) for name, value in trained["recipe"].items() if name not in SHOWN_ELSEWHERE],

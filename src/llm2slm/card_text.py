@@ -74,7 +74,9 @@ def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: s
         where = "The LLM is part of this checkpoint."
     elif is_package(config.get("llm_name_or_path")):
         package = config["llm_name_or_path"].removeprefix(PACKAGE)
-        gguf = ", as a GGUF file, which needs `gguf`" if config.get("llm_gguf_file") else ""
+        gguf_file, gguf = config.get("llm_gguf_file"), ""
+        if gguf_file:
+            gguf = f", as the GGUF file `{gguf_file}` (to be joined there if it comes in parts), which needs `gguf`"
         where = (
             f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`, which must be "
             f"installed{gguf}; if it is elsewhere, {elsewhere}."
@@ -123,15 +125,15 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
     )
 
 
-def describe_results(reports: list[str], own: dict | None) -> dict[str, Any]:
-    """The scores beside those of the other reports, how they were made, and the probe."""
+def describe_results(name: str, reports: list[str], own: dict | None) -> dict[str, Any]:
+    """The scores, under the model's name, beside those of the other reports, how they were made, and the probe."""
     if own is None:
         return {"scores": None}
     beams, probe = own["generation"]["num_beams"], own.get("shuffled_states")
     decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
     signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in own["scores"].items())
     return {
-        "scores": compare_reports(reports),
+        "scores": compare_reports(reports, name),
         "signatures": f"Signatures: {signatures}.",
         "evaluation": own["data"],
         "data_name": f"`{data_name(own['data']['source'])}`",

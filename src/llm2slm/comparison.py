@@ -17,17 +17,23 @@ METRICS = {
 }
 
 
-def compare_reports(paths: list[str]) -> str:
+def compare_reports(paths: list[str], name: str | None = None) -> str:
     """
     Markdown tables of several reports.
+
+    Args:
+        paths (`list[str]`): The reports; differences are to the first.
+        name (`str`, *optional*): What the first one's system is called; as the report says if omitted.
 
     Raises:
         OSError: if a report, or the texts beside it, are missing.
         ValueError: if a file is something else, or the reports are about different data.
     """
+    reports, texts = read_reports(paths) if len(paths) > 1 else ([read_report(paths[0])], [])
+    if name is not None:
+        reports[0]["system"] = name
     if len(paths) == 1:
-        return score_table([read_report(paths[0])])
-    reports, texts = read_reports(paths)
+        return score_table(reports)
     return score_table(reports) + "\n\n" + difference_table(reports, texts)
 
 

@@ -76,7 +76,7 @@ def split_gguf(name, gguf_file) -> tuple[str, str | None]:
     config.json, or `package:NAME` for an installed Python package that holds the model.
 
     Raises:
-        OSError: if there is no such package.
+        OSError: if there is no such package, or no model in it.
         ValueError: if a folder has several GGUF files.
     """
     name = os.fspath(name)
@@ -105,7 +105,13 @@ def _package_folder(package: str) -> str:
     spec = find_spec(package) if package.isidentifier() else None  # found, never imported
     if spec is None or not spec.submodule_search_locations:
         raise OSError(f"No Python package {package!r} is installed here, and the model is in it.")
-    return spec.submodule_search_locations[0]
+    folder = spec.submodule_search_locations[0]
+    if not any(file == "config.json" or file.endswith(".gguf") for file in os.listdir(folder)):
+        raise OSError(
+            f"There is no model in {folder}: neither config.json nor a GGUF file. If the Python package {package!r} "
+            "brings it in parts, join them there, as its own description says."
+        )
+    return folder
 
 
 def _gguf_kwargs(gguf_file) -> dict:
