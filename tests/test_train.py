@@ -339,7 +339,7 @@ def test_what_only_responses_have_starts_at_its_states_there(recipe, files):
         for token, state in zip(tokenizer.convert_ids_to_tokens(ids), read, strict=True):
             if token in states:
                 states[token].append(state)
-    slm_ids = AutoTokenizer.from_pretrained(recipe["output_dir"], trust_remote_code=True).get_vocab()
+    slm_ids = LLM2SLMTokenizer.from_pretrained(recipe["output_dir"]).get_vocab()
     embeddings = load(recipe).slm.get_input_embeddings().weight
     for token, found in states.items():
         assert len(found) > 20
