@@ -22,7 +22,6 @@ from typing import Any
 
 from .cli import add_loading_arguments, check_new_file, main, positive_int, write_aside
 from .comparison import METRICS, compare_reports, score_table, texts_path
-from .run_folder import read_run
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
         return run_comparison(args)
     check_options(args)
     metrics, pairs = import_extras()
+    from .run_folder import read_run
+
     trained = read_run(args.model)
     if args.prompt_max_length is None and not (args.few_shot or args.instruction):
         args.prompt_max_length = trained_prompt_limit(trained["recipe"])

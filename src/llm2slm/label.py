@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from .cli import check_new_file, main, positive_int, write_aside
-from .run_folder import read_run
 
 SETTINGS, RECORD = "settings.json", "label.json"
 
@@ -102,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"{error}. Labelling needs: pip install 'llm-to-slm[train]'") from error
     from .report import machine, versions
+    from .run_folder import read_run
 
     trained = read_run(args.llm)
     rows, prompts, shots = read_data(args, trained["data"].get("prompt_format"))
