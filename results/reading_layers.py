@@ -24,6 +24,8 @@ from llm2slm.loading_llm2slm import load_slm
 from llm2slm.pairs import load_pairs
 from llm2slm.report import machine, versions
 
+PROMPT_FORMAT = "{prompt}\n"
+MAX_TOKENS = 192  # longer pairs are left out
 ROWS_PER_BATCH = 8
 
 
@@ -51,23 +53,28 @@ class CutLLM:
     @torch.no_grad()
     def loss(self, pairs: list[tuple[list[int], list[int]]], cut: Iterable[int]) -> float:
         """The mean loss of a response token; `cut` names the layers."""
-        self.cut, total, tokens = set(cut), 0.0, 0
+        self.cut, total, counted = set(cut), 0.0, 0
         for start in range(0, len(pairs), ROWS_PER_BATCH):
             batch = pairs[start : start + ROWS_PER_BATCH]
-            longest = max(len(prompt) + len(response) for prompt, response in batch)
+            longest = max(map(tokens, batch))
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             causal = torch.ones(len(batch), 1, longest, longest, dtype=torch.bool).tril()
             self.masks = {False: causal, True: causal.clone()}
             for row, (prompt, response) in enumerate(batch):
-                ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+                ids[row, : tokens((prompt, response))] = torch.tensor(prompt + response)
                 self.masks[True][row, 0, len(prompt) - 1 :, 1 : len(prompt) - 1] = False
             states = self.llm.model(input_ids=ids).last_hidden_state
             for row, (prompt, response) in enumerate(batch):
                 predicting = states[row, len(prompt) - 1 : len(prompt) + len(response) - 1]
                 logits = self.llm.get_output_embeddings()(predicting).float()
                 total += F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
-                tokens += len(response)
-        return total / tokens
+                counted += len(response)
+        return total / counted
+
+
+def tokens(pair: tuple[list[int], list[int]]) -> int:
+    """How many prompt and response have together."""
+    return sum(map(len, pair))
 
 
 def main():
@@ -76,32 +83,25 @@ def main():
         "--llm", required=True, help="decoder-only: name on the Hub, folder, .gguf file or package:NAME"
     )
     parser.add_argument("--data", required=True, help="pairs, whose split `validation` is read")
-    parser.add_argument("--prompt-format", default="{prompt}\n", help="text of a prompt (default: %(default)r)")
     parser.add_argument(
         "--pairs", type=int, default=64, help="read at most this many, evenly spaced (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-length", type=int, default=192, help="leave longer pairs out (default: %(default)s tokens)"
     )
     parser.add_argument("--only", nargs="*", default=[], metavar="LAYERS", help="sets of layers, such as 5,11")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
 
-    prompt_format = arguments.prompt_format.replace("\\n", "\n")
     tokenizer = load_tokenizer(arguments.llm)
     pairs = []
-    for row in load_pairs(arguments.data, "validation", prompt_format, None, arguments.pairs):
+    for row in load_pairs(arguments.data, "validation", PROMPT_FORMAT, None, arguments.pairs):
         response = tokenizer(row["completion"], add_special_tokens=False).input_ids
         pairs.append((tokenizer(row["prompt"]).input_ids, [*response, tokenizer.eos_token_id]))
-    pairs = sorted(
-        (pair for pair in pairs if sum(map(len, pair)) <= arguments.max_length), key=lambda p: sum(map(len, p))
-    )
+    pairs = sorted((pair for pair in pairs if tokens(pair) <= MAX_TOKENS), key=tokens)
     llm = CutLLM(load_slm(arguments.llm, dtype="bfloat16").eval())
     depth = len(llm.layers)
     report = {
         "llm": arguments.llm,
         "data": Path(arguments.data).name,
-        "prompt_format": prompt_format,
+        "prompt_format": PROMPT_FORMAT,
         "pairs": len(pairs),
         "loss": llm.loss(pairs, ()),
         "none": llm.loss(pairs, range(depth)),

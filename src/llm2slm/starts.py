@@ -90,7 +90,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     embeddings, head = model.slm.get_input_embeddings(), model.slm.get_output_embeddings()
     sums = torch.zeros(config.vocab_size, config.slm_hidden_size, dtype=torch.float64)
     counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-    for index in _evenly_spaced(dataset, max_rows):
+    for index in evenly_spaced(dataset, max_rows):
         row = dataset[index]
         ids = torch.as_tensor(row["input_ids"])[1:]
         if model.prompt_token_map is not None:
@@ -151,7 +151,7 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
     regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
     given = _given_scale(slm)
     with _in_eval_mode(slm):
-        for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" texts"):
+        for index in tqdm(evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" texts"):
             row = dataset[index]
             ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
             own = without_head(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
@@ -195,7 +195,8 @@ def _in_eval_mode(model):
         model.train(training)
 
 
-def _evenly_spaced(dataset: Dataset, max_rows: int) -> range:
+def evenly_spaced(dataset: Dataset, max_rows: int) -> range:
+    """Numbers of at most this many rows, each as far from the next."""
     return range(0, len(dataset), -(-len(dataset) // max_rows))
 
 
