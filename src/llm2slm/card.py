@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> None:
     from huggingface_hub import ModelCard
 
     folder = Path(args.run)
-    trained = read_run(folder)
+    trained = read_finished_run(folder)
     output = Path(args.output) if args.output else folder / "README.md"
     check_replaceable(output)
-    reports, own = read_reports(args.report, folder)
+    reports, own = order_reports(args.report, folder)
     benchmark = None if args.benchmark is None else read_json(args.benchmark, "systems", "ratios")
     bases = find_bases(args, trained)
     licences = find_licences(args, trained, bases)
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what is recorded
-def read_run(folder: Path) -> dict[str, Any]:
+def read_finished_run(folder: Path) -> dict[str, Any]:
     """
     What `llm2slm train` wrote about a training.
 
@@ -142,7 +142,7 @@ def check_replaceable(path: Path) -> None:
         raise FileExistsError(f"{path} was written by hand; delete it or choose another --output.")
 
 
-def read_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, Any] | None]:
     """
     The reports' paths, that of this model first, and its content.
 
