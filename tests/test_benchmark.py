@@ -154,7 +154,8 @@ def test_estimate_of_a_model_that_is_not_there_is_one_line(capsys):
 def test_benchmark_reports_every_figure_and_draws_it(tiny_shapes, tmp_path, capsys):
     output, plot = tmp_path / "report.json", tmp_path / "latency.png"
     argv = ["benchmark", "--llm", "tiny-llm", "--slm", "tiny-slm", "--batch-size", "2", *QUICK]
-    names = ["slm", "llm2slm", "reuse", "llm"]
+    names = ["slm", "llm2slm", "beams", "fast_beams", "reuse", "llm"]
+    argv += ["--num-beams", "3"]
     assert cli.main([*argv, "--systems", *names, "--output", str(output), "--plot", str(plot)]) is None
     report = json.loads(output.read_text())
     assert [system["name"] for system in report["systems"]] == names

@@ -83,6 +83,31 @@ def test_sampling_with_one_seed_gives_the_same_tokens(kind):
     assert compiled_and_used(model)
 
 
+@pytest.mark.parametrize("kind", SLM_KINDS)
+def test_beams_are_those_of_the_plain_path(kind, notes, count_calls):
+    model = build_model("llama", kind)
+    inputs = padded(build_prompts()[:2])
+    end_early(model, inputs)
+    llm_calls = count_calls(model.llm)
+    for options in ({"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}):
+        plain, fast = both(model, inputs, **GREEDY, num_beams=4, **options)
+        assert torch.equal(plain, fast)
+    assert not torch.equal(plain, model.generate(**inputs, **GREEDY))
+    assert len(llm_calls) == 5
+    assert compiled_and_used(model) and not notes()
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_sampled_beams_a_cache_outgrown_and_greedy_behind_them(kind, notes, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
+    model = build_model("llama", kind)
+    inputs = padded(build_prompts((5, 9)))
+    for options in ({"num_beams": 2, "do_sample": True}, {"num_beams": 2, "do_sample": False}, {"do_sample": False}):
+        plain, fast = both(model, inputs, max_new_tokens=30, eos_token_id=None, **options)
+        assert torch.equal(plain, fast)
+    assert compiled_and_used(model) and not notes()
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama", "gemma3"])
 def test_a_response_outgrows_its_cache(kind, monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
@@ -192,8 +217,7 @@ def test_streamers_processors_and_stopping_criteria_are_heard(kind):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"num_beams": 3}, "beam search"),
-        ({"num_beams": 2, "do_sample": True}, "beam sample"),
+        ({"num_beams": 3}, "more than 8 responses at a time on CPU"),
         ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "return_dict_in_generate"),

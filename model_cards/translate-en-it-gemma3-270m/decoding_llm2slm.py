@@ -2,7 +2,8 @@
 
 Choices made here:
 - `slm.generate` prepares everything and hands over to the loop here, its `custom_generate`: lengths, logits
-  processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's.
+  processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's. Beam
+  search is its own too, and calls the compiled step in place of the SLM.
 - The prompt is read as in the plain path. Its keys and values are then copied into `StaticLayer`s, sliding windows
   too: the mask says what they see, so one step serves each position and is compiled once.
 - On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
@@ -25,16 +26,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# Transformers' beam search is private: a version without it decodes in the plain way.
+BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE) if hasattr(GenerationMixin, "_beam_search") else ()
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
@@ -81,15 +84,18 @@ def generate_fast(
         What `slm.generate` returns.
     """
     inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "generation_config": generation_config}
-    rows = inputs_embeds.shape[0] * (generation_config.num_return_sequences or 1)
+    expansion = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    rows = inputs_embeds.shape[0] * expansion
     reason = _why_plain(slm, generation_config, kwargs)
     if reason is None and inputs_embeds.device.type == "cpu" and rows > MAX_CPU_ROWS:
         reason = f"more than {MAX_CPU_ROWS} responses at a time on CPU, where it gains nothing"
     if reason is not None:
         logger.warning_once(f"`fast=True` does not go with {reason}: decoding in the plain way.")
         return slm.generate(**inputs, **kwargs)
-    # Transformers hands no streamer to a `custom_generate`.
-    decode = functools.partial(_decode, streamer=kwargs.get("streamer"))
+    if generation_config.get_generation_mode() in BEAMS:
+        decode = _search_beams
+    else:  # Transformers hands no streamer to a `custom_generate`
+        decode = functools.partial(_decode, streamer=kwargs.get("streamer"))
     return slm.generate(**inputs, **kwargs, custom_generate=decode)
 
 
@@ -98,7 +104,7 @@ def _why_plain(slm, generation_config, kwargs) -> str | None:
     if slm in _compiled and _compiled[slm].failed:
         return f"{type(slm).__name__} here: its step could not be compiled"
     mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *BEAMS):
         return mode.value.replace("_", " ")
     if generation_config.return_dict_in_generate:
         return "`return_dict_in_generate=True`"
@@ -144,6 +150,44 @@ def _decode(
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """Transformers' own beam search; called by `slm.generate` with all it prepared."""
+    step = _Step(slm, input_ids, model_kwargs)
+    searched = _SearchedSLM(slm, step)
+    given = (input_ids, logits_processor, stopping_criteria, generation_config)
+    sequences = GenerationMixin._beam_search(searched, *given, **model_kwargs)
+    step.compiled.idle_cache = step.inputs["past_key_values"]
+    return sequences
+
+
+class _SearchedSLM:
+    """The SLM as beam search calls it, with the prompt and each token going through a `_Step`."""
+
+    def __init__(self, slm, step):
+        self.slm, self.step = slm, step
+
+    def __getattr__(self, name):
+        return getattr(self.slm, name)
+
+    def __call__(self, input_ids, **kwargs):
+        written = "past_key_values" in self.step.inputs
+        logits = self.step.write(input_ids[:, -1:]) if written else self.step.read_prompt()
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.step.inputs["past_key_values"])
+
+    def _prefill(self, input_ids, *args, **kwargs):  # Transformers 5
+        return self(input_ids)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids}
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        return model_kwargs | {"past_key_values": outputs.past_key_values}
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        self.step.choose_rows(beam_idx)
+        return past_key_values
 
 
 class _Step:
@@ -212,6 +256,14 @@ class _Step:
         for name in {"position_ids", "cache_position"} & set(self.inputs):
             self.inputs[name] = self.inputs[name] + 1
         return logits
+
+    def choose_rows(self, rows: torch.Tensor) -> None:
+        """Goes on with what was written in these rows, of shape `(batch_size,)`; each is of the same prompt."""
+        cache = self.inputs["past_key_values"]
+        for layer in getattr(cache, "self_attention_cache", cache).layers:
+            for states in (layer.keys, layer.values):
+                written = states[:, :, : self.length]  # in place: CUDA graphs replay on one address
+                written.copy_(written.index_select(0, rows))
 
     def _run(self):
         if self.unguarded is not None:

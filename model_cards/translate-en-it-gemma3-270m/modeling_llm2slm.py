@@ -667,11 +667,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
                 An encoded prompt, from `encode_prompt`: many calls, one encode.
             fast (`bool`, *optional*, defaults to `False`):
-                Greedy search and sampling with a compiled step of the SLM: the same tokens in a fraction of the time,
-                on CPU for up to 8 responses at a time. The first call takes some 20 seconds to compile (a few where
-                the compiler's cache on disk serves), as does the first of more than one response. It needs what
-                `torch.compile` needs (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a
-                note.
+                Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens in a fraction
+                of the time, on CPU for up to 8 responses or beams at a time. The first call takes some 20 seconds to
+                compile (a few where the compiler's cache on disk serves), as does the first of more than one response
+                or beam. It needs what `torch.compile` needs (on CPU a C++ compiler); what it cannot do is decoded in
+                the plain way, with a note.
 
         Returns:
             The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`.

@@ -12,11 +12,12 @@ llm2slm benchmark --model ./checkpoint --systems llm2slm llm lossless llama.cpp 
 How it is made fair:
 - All systems read prompts of one length and write responses of one length: end-of-sequence is ruled out until then.
   The SLM alone reads as many tokens through its own embeddings, so it attends to as many positions.
-- All take one generation configuration (greedy, default cache), whatever their checkpoints say.
+- All take one generation configuration (greedy but for the systems with beam search, default cache), whatever their
+  checkpoints say.
 - All run in one process, warmed up, and take turns in each repeat, so a busy machine slows all of them. The garbage
   collector waits between the runs. Ratios are taken within a repeat, then summarised.
 - Time to first token and the rest come from one run: a streamer notes when each token is there. Two runs would put the
-  noise of the LLM's prompt phase into the SLM's time per token.
+  noise of the LLM's prompt phase into the SLM's time per token. Beam search has a token when it has scored it.
 - Beside what was measured stands what `llm2slm estimate` predicts from a probe of this machine, and a token's limit:
   the time its bytes take at the measured bandwidth.
 """
@@ -48,6 +49,8 @@ NAMES = {
     "llm2slm": "LLM-to-SLM",
     "llm": "the LLM",
     "fast": "LLM-to-SLM with fast decode",
+    "beams": "LLM-to-SLM with beam search (--num-beams)",
+    "fast_beams": "the same with fast decode",
     "reuse": "LLM-to-SLM with the prompt's embeddings kept: another question on one document",
     "assisted": "the LLM with --assistant as its assistant (assisted generation)",
     "lossless": "the LLM's own tokens, drafted by LLM-to-SLM (one tokenizer)",
@@ -63,6 +66,8 @@ RATIOS = {
     "per_token_llm2slm_to_fast": ("per_token_ms", "llm2slm", "fast"),
     "end_to_end_llm_to_llm2slm": ("end_to_end_s", "llm", "llm2slm"),
     "end_to_end_llm_to_fast": ("end_to_end_s", "llm", "fast"),
+    "end_to_end_llm_to_beams": ("end_to_end_s", "llm", "beams"),
+    "end_to_end_llm_to_fast_beams": ("end_to_end_s", "llm", "fast_beams"),
     "end_to_end_llm_to_assisted": ("end_to_end_s", "llm", "assisted"),
     "end_to_end_llm_to_lossless": ("end_to_end_s", "llm", "lossless"),
     "end_to_end_llm2slm_to_reuse": ("end_to_end_s", "llm2slm", "reuse"),
@@ -109,6 +114,9 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
         + " ".join(DEFAULT_NAMES)
         + "). "
         + "; ".join(f"{name}: {what}" for name, what in NAMES.items()),
+    )
+    parser.add_argument(
+        "--num-beams", type=positive_int, default=4, help="of the systems with beam search (default: %(default)s)"
     )
     parser.add_argument("--assistant", metavar="NAME", help="language model that drafts for the system 'assisted'")
     parser.add_argument("--gguf", metavar="FILE", help="the LLM as the system 'llama.cpp' runs it")

@@ -1,7 +1,7 @@
 """What `llm2slm benchmark` measures side by side: LLM-to-SLM in its modes, its two models alone, and the alternatives.
 
-Each contender reads a batch of the same random prompts and writes exactly as many tokens as asked for, greedily; each
-token is announced to a streamer. Whatever its checkpoint says of how to generate is left out.
+Each contender reads a batch of the same random prompts and writes exactly as many tokens as asked for, greedily or by
+beam search; each token is announced to a streamer. Whatever its checkpoint says of how to generate is left out.
 """
 
 import argparse
@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+)
 
 from . import LLM2SLMForConditionalGeneration
 from .cli import device, load_checkpoint
@@ -62,6 +68,8 @@ def load_contenders(args: argparse.Namespace) -> list[Contender]:
         "llm2slm": lambda: _transformers("llm2slm", llm2slm, args),
         "llm": lambda: _transformers("llm", llm, args),
         "fast": lambda: _transformers("fast", llm2slm, args, fast=True),
+        "beams": lambda: _beams("beams", llm2slm, args),
+        "fast_beams": lambda: _beams("fast_beams", llm2slm, args, fast=True),
         "reuse": lambda: _reuse(llm2slm, args),
         "assisted": lambda: _assisted(llm, args),
         "lossless": lambda: _lossless(llm2slm, llm, args),
@@ -165,6 +173,27 @@ def _transformers(name: str, model, args, **options) -> Contender:
 
     def generate(num_tokens: int, streamer) -> int:
         return model.generate(**inputs, streamer=streamer, **_settings(num_tokens), **options).shape[1] - repeated
+
+    return _contender(name, model, generate)
+
+
+class _Announcer(LogitsProcessor):
+    """Announces each step to a streamer, which beam search does not take."""
+
+    def __init__(self, streamer):
+        self.streamer = streamer
+
+    def __call__(self, input_ids, scores):
+        self.streamer.put(None)
+        return scores
+
+
+def _beams(name: str, model, args, **options) -> Contender:
+    inputs = _prompts(model.config, args)
+
+    def generate(num_tokens: int, streamer) -> int:
+        settings = _settings(num_tokens) | {"num_beams": args.num_beams, "logits_processor": [_Announcer(streamer)]}
+        return model.generate(**inputs, **settings, **options).shape[1]
 
     return _contender(name, model, generate)
 
