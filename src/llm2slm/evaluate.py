@@ -241,7 +241,7 @@ def measure(args: argparse.Namespace, model, tokenizer, rows: list[dict], stop: 
         measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": shuffled / loss - 1}
     set_generation(model, tokenizer, args.max_new_tokens, args.num_beams)
     responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, args.batch_size, stop)
-    measured["costs"] = count_costs(model.config, rows, measured["speed"])
+    measured["costs"] = count_costs(model.config, rows, measured["speed"], args.num_beams)
     return responses, measured
 
 
@@ -309,15 +309,15 @@ def write_all_responses(model, tokenizer, rows: list[dict], order: list[int], ba
     }
 
 
-def count_costs(config, rows: list[dict], speed: dict[str, Any]) -> dict[str, float]:
-    """What the system has and, for prompts and greedy responses of the mean length, computes for one example."""
+def count_costs(config, rows: list[dict], speed: dict[str, Any], num_beams: int) -> dict[str, float]:
+    """What the system has and, for prompts and responses of the mean length, computes for one example."""
     from .costs import costs_of
 
     costs = costs_of(config)
     prompt_length = sum(len(row["input_ids"]) for row in rows) / len(rows)
     response_length = speed["tokens_per_second"] / speed["examples_per_second"]
     flops = costs.prompt_flops(prompt_length, 1)
-    flops += (response_length - 1) * costs.token_flops(prompt_length + response_length / 2, 1)
+    flops += num_beams * (response_length - 1) * costs.token_flops(prompt_length + response_length / 2, 1)
     return {"parameters": costs.parameters, "gflop_per_example": flops / 1e9}
 
 
