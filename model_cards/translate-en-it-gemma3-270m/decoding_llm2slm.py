@@ -84,8 +84,7 @@ def generate_fast(
         What `slm.generate` returns.
     """
     inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "generation_config": generation_config}
-    expansion = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    rows = inputs_embeds.shape[0] * expansion
+    rows = inputs_embeds.shape[0] * _rows_per_prompt(generation_config)
     reason = _why_plain(slm, generation_config, kwargs)
     if reason is None and inputs_embeds.device.type == "cpu" and rows > MAX_CPU_ROWS:
         reason = f"more than {MAX_CPU_ROWS} responses at a time on CPU, where it gains nothing"
@@ -97,6 +96,10 @@ def generate_fast(
     else:  # Transformers hands no streamer to a `custom_generate`
         decode = functools.partial(_decode, streamer=kwargs.get("streamer"))
     return slm.generate(**inputs, **kwargs, custom_generate=decode)
+
+
+def _rows_per_prompt(generation_config) -> int:
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
 def _why_plain(slm, generation_config, kwargs) -> str | None:
@@ -129,7 +132,7 @@ def _decode(
     pad_token = generation_config._pad_token_tensor
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    step = _Step(slm, input_ids, model_kwargs)
+    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
     logits = step.read_prompt()
     while True:
         scores = logits_processor(input_ids, logits[:, -1].to(input_ids.device, torch.float32))
@@ -154,7 +157,7 @@ def _decode(
 
 def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Transformers' own beam search; called by `slm.generate` with all it prepared."""
-    step = _Step(slm, input_ids, model_kwargs)
+    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
     searched = _SearchedSLM(slm, step)
     given = (input_ids, logits_processor, stopping_criteria, generation_config)
     sequences = GenerationMixin._beam_search(searched, *given, **model_kwargs)
@@ -193,8 +196,9 @@ class _SearchedSLM:
 class _Step:
     """One batch of responses: the prompt in the plain way, then token after token through the compiled step."""
 
-    def __init__(self, slm, input_ids, model_kwargs):
+    def __init__(self, slm, input_ids, model_kwargs, rows_per_prompt):
         self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
+        self.rows_per_prompt = rows_per_prompt
         self.arguments = inspect.signature(slm.forward).parameters
         if slm not in _compiled:
             _compiled[slm] = _compile(_lean_logits, input_ids.device.type)
@@ -209,10 +213,15 @@ class _Step:
         output = self.slm(**prepare(), **given, use_cache=True, return_dict=True)
         if "cache_position" in self.arguments:  # Transformers 4
             self.inputs["cache_position"] = torch.tensor([self.length], device=self.prompt_ids.device)
-        self._set_out_cache(output.past_key_values, BLOCK * (self.length // BLOCK + 1))
-        return output.logits
+        cache, logits = output.past_key_values, output.logits
+        if logits.shape[0] < self.prompt_mask.shape[0]:
+            cache.batch_repeat_interleave(self.rows_per_prompt)
+            logits = logits.repeat_interleave(self.rows_per_prompt, dim=0)
+        self._set_out_cache(cache, BLOCK * (self.length // BLOCK + 1))
+        return logits
 
     def _decoder_only_inputs(self):
+        """Each prompt once: `generate` has repeated them for the beams."""
         embeds, mask = self.given["inputs_embeds"], self.given.get("attention_mask")
         if mask is None:  # Transformers 5 drops a mask of ones
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -222,7 +231,7 @@ class _Step:
             self.inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
         self.length, self.prompt_mask = embeds.shape[1], mask
         self.prefix = ""
-        return inputs
+        return {name: states[:: self.rows_per_prompt] for name, states in inputs.items()}
 
     def _encoder_decoder_inputs(self):
         states, mask = self.given["encoder_outputs"].last_hidden_state, self.given["attention_mask"]
