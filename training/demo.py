@@ -43,7 +43,7 @@ import json, sys
 from transformers import pipeline
 
 rewrite = pipeline("text2text-generation", model=sys.argv[1], trust_remote_code=True)
-answers = rewrite(json.loads(sys.argv[2]), max_new_tokens=96, do_sample=False)
+answers = rewrite(json.loads(sys.argv[2]), max_new_tokens=96, num_beams=4, do_sample=False)
 assert "llm2slm" not in sys.modules, "the package was imported"
 print(json.dumps([answer["generated_text"] for answer in answers]))
 """
