@@ -149,7 +149,7 @@ def _decode(
         if not unfinished.any():
             break
         logits = step.write(tokens[:, None])
-    step.compiled.idle_cache = step.inputs["past_key_values"]
+    step.end()
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -158,10 +158,9 @@ def _decode(
 def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Transformers' own beam search; called by `slm.generate` with all it prepared."""
     step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
-    searched = _SearchedSLM(slm, step)
     given = (input_ids, logits_processor, stopping_criteria, generation_config)
-    sequences = GenerationMixin._beam_search(searched, *given, **model_kwargs)
-    step.compiled.idle_cache = step.inputs["past_key_values"]
+    sequences = GenerationMixin._beam_search(_SearchedSLM(slm, step), *given, **model_kwargs)
+    step.end()
     return sequences
 
 
@@ -273,6 +272,10 @@ class _Step:
             for states in (layer.keys, layer.values):
                 written = states[:, :, : self.length]  # in place: CUDA graphs replay on one address
                 written.copy_(written.index_select(0, rows))
+
+    def end(self) -> None:
+        """Leaves the cache to the next response."""
+        self.compiled.idle_cache = self.inputs["past_key_values"]
 
     def _run(self):
         if self.unguarded is not None:

@@ -68,8 +68,8 @@ def load_contenders(args: argparse.Namespace) -> list[Contender]:
         "llm2slm": lambda: _transformers("llm2slm", llm2slm, args),
         "llm": lambda: _transformers("llm", llm, args),
         "fast": lambda: _transformers("fast", llm2slm, args, fast=True),
-        "beams": lambda: _beams("beams", llm2slm, args),
-        "fast_beams": lambda: _beams("fast_beams", llm2slm, args, fast=True),
+        "beams": lambda: _transformers("beams", llm2slm, args, args.num_beams),
+        "fast_beams": lambda: _transformers("fast_beams", llm2slm, args, args.num_beams, fast=True),
         "reuse": lambda: _reuse(llm2slm, args),
         "assisted": lambda: _assisted(llm, args),
         "lossless": lambda: _lossless(llm2slm, llm, args),
@@ -167,16 +167,6 @@ def _contender(name: str, model, generate, facts=None) -> Contender:
 
 
 # --------------------------------------------------------------------------------------------------------- contenders
-def _transformers(name: str, model, args, **options) -> Contender:
-    inputs = _prompts(model.config, args)
-    repeated = 0 if model.config.is_encoder_decoder else args.prompt_length  # a decoder-only model's prompt
-
-    def generate(num_tokens: int, streamer) -> int:
-        return model.generate(**inputs, streamer=streamer, **_settings(num_tokens), **options).shape[1] - repeated
-
-    return _contender(name, model, generate)
-
-
 class _Announcer(LogitsProcessor):
     """Announces each step to a streamer, which beam search does not take."""
 
@@ -188,12 +178,14 @@ class _Announcer(LogitsProcessor):
         return scores
 
 
-def _beams(name: str, model, args, **options) -> Contender:
+def _transformers(name: str, model, args, num_beams: int = 1, **options) -> Contender:
     inputs = _prompts(model.config, args)
+    repeated = 0 if model.config.is_encoder_decoder else args.prompt_length  # a decoder-only model's prompt
 
     def generate(num_tokens: int, streamer) -> int:
-        settings = _settings(num_tokens) | {"num_beams": args.num_beams, "logits_processor": [_Announcer(streamer)]}
-        return model.generate(**inputs, **settings, **options).shape[1]
+        told = {"streamer": streamer} if num_beams == 1 else {"logits_processor": [_Announcer(streamer)]}
+        settings = _settings(num_tokens) | {"num_beams": num_beams} | told
+        return model.generate(**inputs, **settings, **options).shape[1] - repeated
 
     return _contender(name, model, generate)
 
