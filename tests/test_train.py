@@ -14,6 +14,7 @@ from conftest import (
     SLM_VOCAB,
     build_llm,
     build_llm_tokenizer,
+    build_model,
     build_slm,
     build_slm_tokenizer,
     jitter,
@@ -21,7 +22,7 @@ from conftest import (
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
-from llm2slm.arms import make_collator
+from llm2slm.arms import make_collator, with_lora
 from llm2slm.train_options import TrainOptions
 
 STEPS = 12
@@ -302,6 +303,19 @@ def test_lora_on_the_slm_is_merged_into_the_result(recipe, files):
         assert rank == (2 if "proj" in name else 0), name
     run = report(recipe)
     assert run["parameters"]["projector"] < run["parameters"]["trained"] < run["parameters"]["slm"]
+
+
+@pytest.mark.parametrize("arm", ["llm", "llm2slm"])
+def test_a_frozen_head_multiplies_all_rows_at_once(arm):
+    model = build_model(slm="llama") if arm == "llm2slm" else build_llm("llama")
+    model = with_lora(TrainOptions(arm=arm, data="pairs", llm="llm", slm="slm", lora_r=2), model)
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, states: seen.extend(states))
+    ids = torch.arange(2, 14).view(2, 6)
+    kept = {"labels": ids} if arm == "llm2slm" else {"labels": ids[:, 2:], "logits_to_keep": 4}
+    model(input_ids=ids, **kept).loss.backward()
+    (states,) = seen
+    assert states.is_contiguous() and not model.get_output_embeddings().weight.requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------------- the start

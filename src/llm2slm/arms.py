@@ -307,4 +307,15 @@ def with_lora(options: TrainOptions, model: PreTrainedModel):
         arguments |= {"exclude_modules": r"(llm|projector)\..*", "modules_to_save": ["projector"]}
     else:
         arguments["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_make_contiguous)
     return get_peft_model(model, LoraConfig(**arguments))
+
+
+def _make_contiguous(head, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """
+    The states of the responses alone are a slice, which `torch.matmul` multiplies row by row of the batch with copies
+    of a frozen weight (PyTorch 2.13, https://github.com/pytorch/pytorch/pull/166891): on a CPU 50 times slower.
+    """
+    return tuple(states.contiguous() for states in inputs)
