@@ -150,7 +150,8 @@ def make_generate(name, slm, arguments, batch_size):
     if name == "transformers_compiled":
         config.cache_implementation, config.compile_config = "static", CompileConfig(mode="default", fullgraph=True)
     elif name == "compiled":
-        decoding_llm2slm._compiled[slm] = decoding_llm2slm._compile(decoding_llm2slm._logits, "cpu")
+        compiled = decoding_llm2slm._compile(decoding_llm2slm._logits, "cpu")
+        decoding_llm2slm._compiled[slm] = {batch_size: compiled}
 
     def generate(streamer):
         if name in ("plain", "transformers_compiled"):

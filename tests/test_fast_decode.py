@@ -34,7 +34,7 @@ def both(model, inputs, seed=0, **kwargs):
 
 def compiled_and_used(model):
     compiled = decoding_llm2slm._compiled.get(model.slm)
-    return compiled is not None and not compiled.failed
+    return bool(compiled) and not any(step.failed for step in compiled.values())
 
 
 # The penalty keeps random models from writing one token over and over.
@@ -97,6 +97,27 @@ def test_beams_are_those_of_the_plain_path(kind, notes, count_calls):
     assert compiled_and_used(model) and not notes()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_stopping": "never", "length_penalty": 1.5},
+        {"early_stopping": "never", "length_penalty": -1.0, "num_return_sequences": 2},
+        {"length_penalty": 0.0, "min_new_tokens": 5},
+        {"stopping_criteria": True},
+        {"max_new_tokens": 1},
+    ],
+)
+def test_beams_end_where_those_of_the_plain_path_do(options):
+    if "stopping_criteria" in options:
+        options = {"stopping_criteria": StoppingCriteriaList([RowsOfTokens()])}
+    model = build_model("llama", "llama")
+    inputs = padded(build_prompts((7, 4)))
+    end_early(model, inputs)
+    ends = [model.generation_config.eos_token_id, 5]
+    plain, fast = both(model, inputs, **{**GREEDY, "num_beams": 3, "eos_token_id": ends, **options})
+    assert torch.equal(plain, fast) and compiled_and_used(model)
+
+
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_sampled_beams_a_cache_outgrown_and_greedy_behind_them(kind, notes, monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
@@ -114,7 +135,8 @@ def test_a_response_outgrows_its_cache(kind, monkeypatch):
     model = build_model("llama", kind)
     plain, fast = both(model, padded(build_prompts((5, 9))), do_sample=False, max_new_tokens=40, eos_token_id=None)
     assert torch.equal(plain, fast)
-    cache = decoding_llm2slm._compiled[model.slm].idle_cache
+    (compiled,) = decoding_llm2slm._compiled[model.slm].values()
+    cache = compiled.idle_cache
     assert getattr(cache, "self_attention_cache", cache).layers[0].max_cache_len > 40
     assert compiled_and_used(model)
 

@@ -120,6 +120,7 @@ def test_a_pushed_repository_is_complete(tmp_path):
         found = run(hub, tmp_path / "push", FILES)
     assert {
         "README.md",
+        "beams_llm2slm.py",
         "checkpoint_llm2slm.py",
         "config.json",
         "configuration_llm2slm.py",

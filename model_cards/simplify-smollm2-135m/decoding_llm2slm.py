@@ -2,8 +2,7 @@
 
 Choices made here:
 - `slm.generate` prepares everything and hands over to the loop here, its `custom_generate`: lengths, logits
-  processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's. Beam
-  search is its own too, and calls the compiled step in place of the SLM.
+  processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's.
 - The prompt is read as in the plain path. Its keys and values are then copied into `StaticLayer`s, sliding windows
   too: the mask says what they see, so one step serves each position and is compiled once.
 - On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
@@ -11,12 +10,13 @@ Choices made here:
   four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
-One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on
-Transformers 4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and another of them, and
+works on Transformers 4.x and 5.x.
 """
 
 import functools
 import inspect
+import itertools
 import threading
 import types
 import weakref
@@ -26,18 +26,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
+
+from .beams_llm2slm import search_beams
 
 logger = logging.get_logger(__name__)
 
-# Transformers' beam search is private: a version without it decodes in the plain way.
-BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE) if hasattr(GenerationMixin, "_beam_search") else ()
+BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
@@ -46,7 +47,7 @@ MAX_CPU_ROWS = 8  # fast decode takes 0.4 of the plain time at 1 row, 0.55 at 4,
 
 @dataclass
 class _Compiled:
-    """What stays of an SLM between two calls: its compiled step, and a cache, as CUDA graphs replay on one address."""
+    """What stays between two calls: an SLM's compiled step, and a cache, as CUDA graphs replay on one address."""
 
     function: types.FunctionType
     step: Callable
@@ -55,7 +56,9 @@ class _Compiled:
     idle_cache: Cache | None = None
 
 
-_compiled: weakref.WeakKeyDictionary[PreTrainedModel, _Compiled] = weakref.WeakKeyDictionary()
+_number = itertools.count()
+# On CPU one for each number of responses: loops over a number that is not known compile to slower code.
+_compiled: weakref.WeakKeyDictionary[PreTrainedModel, dict[int | None, _Compiled]] = weakref.WeakKeyDictionary()
 
 
 def generate_fast(
@@ -104,7 +107,7 @@ def _rows_per_prompt(generation_config) -> int:
 
 def _why_plain(slm, generation_config, kwargs) -> str | None:
     """What keeps a call from fast decode."""
-    if slm in _compiled and _compiled[slm].failed:
+    if any(compiled.failed for compiled in _compiled.get(slm, {}).values()):
         return f"{type(slm).__name__} here: its step could not be compiled"
     mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *BEAMS):
@@ -156,40 +159,11 @@ def _decode(
 
 
 def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-    """Transformers' own beam search; called by `slm.generate` with all it prepared."""
+    """Beam search or beam sampling, as in `GenerationMixin`; called by `slm.generate` with all it prepared."""
     step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
-    given = (input_ids, logits_processor, stopping_criteria, generation_config)
-    sequences = GenerationMixin._beam_search(_SearchedSLM(slm, step), *given, **model_kwargs)
+    sequences = search_beams(step, input_ids, logits_processor, stopping_criteria, generation_config)
     step.end()
     return sequences
-
-
-class _SearchedSLM:
-    """The SLM as beam search calls it, with the prompt and each token going through a `_Step`."""
-
-    def __init__(self, slm, step):
-        self.slm, self.step = slm, step
-
-    def __getattr__(self, name):
-        return getattr(self.slm, name)
-
-    def __call__(self, input_ids, **kwargs):
-        written = "past_key_values" in self.step.inputs
-        logits = self.step.write(input_ids[:, -1:]) if written else self.step.read_prompt()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.step.inputs["past_key_values"])
-
-    def _prefill(self, input_ids, *args, **kwargs):  # Transformers 5
-        return self(input_ids)
-
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return {"input_ids": input_ids}
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        return model_kwargs | {"past_key_values": outputs.past_key_values}
-
-    def _reorder_cache(self, past_key_values, beam_idx):
-        self.step.choose_rows(beam_idx)
-        return past_key_values
 
 
 class _Step:
@@ -199,9 +173,11 @@ class _Step:
         self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
         self.rows_per_prompt = rows_per_prompt
         self.arguments = inspect.signature(slm.forward).parameters
-        if slm not in _compiled:
-            _compiled[slm] = _compile(_lean_logits, input_ids.device.type)
-        self.compiled = _compiled[slm]
+        rows = input_ids.shape[0] if input_ids.device.type == "cpu" else None
+        of_slm = _compiled.setdefault(slm, {})
+        if rows not in of_slm:
+            of_slm[rows] = _compile(_lean_logits, input_ids.device.type)
+        self.compiled = of_slm[rows]
         self.inputs = {}  # of each step
         self.unguarded = None
 
@@ -267,6 +243,8 @@ class _Step:
 
     def choose_rows(self, rows: torch.Tensor) -> None:
         """Goes on with what was written in these rows, of shape `(batch_size,)`; each is of the same prompt."""
+        if rows.tolist() == list(range(len(rows))):
+            return
         cache = self.inputs["past_key_values"]
         for layer in getattr(cache, "self_attention_cache", cache).layers:
             for states in (layer.keys, layer.values):
@@ -339,8 +317,10 @@ def _kind(layer, capacity):
 
 # -------------------------------------------------------------------------------------------------- the compiled step
 def _compile(function, device_type):
-    # The compiler counts what it compiled by code object, and stops at eight: each SLM gets its own.
-    own = types.FunctionType(function.__code__.replace(), globals())
+    # The compiler counts what it compiled by code object, and stops at eight; and a size that differs from one it has
+    # seen in code of the same name, it takes for one that varies. So each gets code and a name of its own.
+    name = f"{function.__name__}_{next(_number)}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), globals())
     mode = "reduce-overhead" if device_type == "cuda" else None  # CUDA graphs
     return _Compiled(own, torch.compile(own, backend=BACKEND, fullgraph=True, mode=mode))
 
@@ -380,8 +360,9 @@ def _linear(x, weight, bias=None):
         return nn.functional.linear(x, weight, bias)
     exact = _exact(x.dtype)
     rows = _in_memory(x.reshape(-1, x.shape[-1])).to(exact)  # (rows, in_features)
-    # (out_features, 1, in_features) * (rows, in_features): each weight is read once, for all rows
-    y = (weight.to(exact)[:, None] * rows).sum(dim=-1).t()  # (rows, out_features)
+    weight = weight.to(exact)
+    # One loop for all of these sums: each weight is read, and converted, once. (rows, out_features)
+    y = torch.stack([(weight * row).sum(dim=-1) for row in rows])
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
