@@ -1,0 +1,253 @@
+"""Configuration of LLM-to-SLM: two sub-configs (LLM and SLM) and the projector between them.
+
+One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
+"""
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+
+FUSIONS = ("replace", "add")
+PROJECTOR_TYPES = ("mlp", "linear")
+PROJECTOR_NORMS = ("layer_norm", None)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_llm2slm.LLM2SLMConfig",
+    "AutoModel": "modeling_llm2slm.LLM2SLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_llm2slm.LLM2SLMForConditionalGeneration",
+}
+# Transformers 5 removed the text2text-generation task; a checkpoint brings it back, and pipeline() looks here first.
+CUSTOM_PIPELINES = {
+    "text2text-generation": {
+        "impl": "pipeline_llm2slm.LLM2SLMText2TextGenerationPipeline",
+        "pt": ["AutoModelForSeq2SeqLM"],
+        "type": "text",
+    }
+}
+
+
+class LLM2SLMConfig(PretrainedConfig):
+    r"""
+    Configuration of [`LLM2SLMForConditionalGeneration`]. Only what it adds to `PretrainedConfig` is listed.
+
+    Args:
+        llm_config (`dict` or `PretrainedConfig`, *optional*, defaults to a `T5Config`):
+            The frozen LLM that encodes the prompt: an encoder-decoder (its encoder is used), an encoder, or a
+            decoder-only model.
+        slm_config (`dict` or `PretrainedConfig`, *optional*, defaults to a `T5Config`):
+            The small language model that writes the response: encoder-decoder or decoder-only.
+        fusion (`str`, *optional*, defaults to `"replace"`):
+            `"replace"`: the SLM's prompt embeddings are the projected LLM states. `"add"`: they are the prompt's
+            own embeddings plus the projected LLM states (paper, section 3.2).
+        shared_tokenizer (`bool`, *optional*, defaults to `False`):
+            Whether the SLM's tokenizer is the LLM's. It decides what `"add"` adds to: the SLM's own embeddings of the
+            prompt if it is, otherwise the LLM's input embeddings through a learned linear layer. An SLM vocabulary
+            smaller than the LLM's is the LLM's, trimmed: the model then has a `prompt_token_map`.
+        projector_type (`str`, *optional*, defaults to `"mlp"`):
+            `"mlp"` (linear, activation, linear, as in the paper) or `"linear"`.
+        projector_hidden_size (`int`, *optional*, defaults to the SLM's hidden size):
+            Width between the two layers of the `"mlp"` projector.
+        projector_hidden_act (`str`, *optional*, defaults to `"relu"`):
+            Activation of the `"mlp"` projector.
+        projector_norm (`str`, *optional*, defaults to `"layer_norm"`):
+            Normalisation of each LLM layer's states before the projector, or `None`. The inner layers of a
+            decoder-only LLM are hundreds of times larger than its embeddings.
+        llm_layer (`int` or `list[int]`, *optional*, defaults to -1):
+            Which hidden states of the LLM are read, counted as in `output_hidden_states`: 0 is the input of the first
+            layer, `k` the output of layer `k`, -1 the last, after the final norm. States of several layers are
+            concatenated. Layers above the highest one are neither run nor kept.
+        prompt_format (`str`, *optional*):
+            What the model was trained to read for a text, such as `"{prompt}\n"`. The pipeline and `llm2slm generate`
+            put texts into it; a tokenizer does not, and chats have the LLM's template.
+        llm_name_or_path (`str`, *optional*):
+            Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
+            package that holds it. Checkpoints without it contain the LLM.
+        llm_revision (`str`, *optional*):
+            Commit of the LLM's Hub repository.
+        llm_gguf_file (`str`, *optional*):
+            Name of the GGUF file, if the LLM is one.
+        llm_fingerprint (`dict[str, str]`, *optional*):
+            Sampled weights of the LLM (bfloat16, hexadecimal) by parameter name, checked when it is loaded.
+        include_llm (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint contains the LLM's weights.
+
+    Raises:
+        ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, an `llm_layer` the LLM does not
+            have, and a `prompt_format` without the prompt.
+    """
+
+    model_type = "llm2slm"
+    is_composition = True
+    sub_configs = {"llm_config": AutoConfig, "slm_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
+
+    def __init__(
+        self,
+        llm_config=None,
+        slm_config=None,
+        fusion="replace",
+        shared_tokenizer=False,
+        projector_type="mlp",
+        projector_hidden_size=None,
+        projector_hidden_act="relu",
+        projector_norm="layer_norm",
+        llm_layer=-1,
+        prompt_format=None,
+        llm_name_or_path=None,
+        llm_revision=None,
+        llm_gguf_file=None,
+        llm_fingerprint=None,
+        include_llm=False,
+        **kwargs,
+    ):
+        self.llm_config = _as_config(llm_config)
+        self.slm_config = _as_config(slm_config)
+        self.fusion = fusion
+        self.shared_tokenizer = shared_tokenizer
+        self.projector_type = projector_type
+        self.projector_hidden_size = projector_hidden_size or self.slm_hidden_size
+        self.projector_hidden_act = projector_hidden_act
+        self.projector_norm = projector_norm
+        self.llm_layer = llm_layer
+        self.prompt_format = prompt_format
+        self.llm_name_or_path = llm_name_or_path
+        self.llm_revision = llm_revision
+        self.llm_gguf_file = llm_gguf_file
+        self.llm_fingerprint = llm_fingerprint
+        self.include_llm = include_llm
+        self._validate_choices()
+
+        # Transformers 5 no longer gives these attributes a default: they are the SLM's, which writes the response.
+        slm = self.slm_config
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
+            kwargs.setdefault(name, getattr(slm, name, None))
+        if kwargs["decoder_start_token_id"] is None:
+            # A decoder-only SLM starts from the prompt's last position; this id only fills the place by convention.
+            candidates = (kwargs["bos_token_id"], kwargs["pad_token_id"], 0)
+            kwargs["decoder_start_token_id"] = next(token for token in candidates if token is not None)
+        kwargs.setdefault("is_encoder_decoder", True)
+        kwargs.setdefault("tie_word_embeddings", False)  # the sub-models tie their own
+        super().__init__(**kwargs)
+
+    def _validate_choices(self):
+        for name, value, allowed in (
+            ("fusion", self.fusion, FUSIONS),
+            ("projector_type", self.projector_type, PROJECTOR_TYPES),
+            ("projector_norm", self.projector_norm, PROJECTOR_NORMS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` must be an activation of Transformers, such as 'relu' or 'gelu', got "
+                f"{self.projector_hidden_act!r}."
+            )
+        if not isinstance(self.projector_hidden_size, int) or self.projector_hidden_size < 1:
+            raise ValueError(
+                f"`projector_hidden_size` must be a positive integer, got {self.projector_hidden_size!r}."
+            )
+        if self.prompt_format is not None and "{prompt}" not in self.prompt_format:
+            raise ValueError(f"`prompt_format` must have {{prompt}} in it, got {self.prompt_format!r}.")
+        num_layers = self.llm_text_config.num_hidden_layers
+        layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not -num_layers - 1 <= layer <= num_layers:
+                raise ValueError(
+                    f"`llm_layer` must be an integer from {-num_layers - 1} to {num_layers} or a list of them (the "
+                    f"LLM has {num_layers} layers, 0 is the input of the first), got {self.llm_layer!r}."
+                )
+        if not layers:
+            raise ValueError("`llm_layer` must name at least one layer, got an empty list.")
+
+    @classmethod
+    def from_sub_configs(cls, llm_config: PretrainedConfig, slm_config: PretrainedConfig, **kwargs) -> "LLM2SLMConfig":
+        """Builds the configuration from the two models' configurations, which are copied."""
+        fields = llm_config.to_dict()
+        fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
+        return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
+
+    def format_prompt(self, text: str) -> str:
+        """The text as the model was trained to read it."""
+        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
+
+    @property
+    def llm_text_config(self) -> PretrainedConfig:
+        """The part of `llm_config` that describes what reads the prompt (the encoder's, for T5Gemma)."""
+        config = self.llm_config
+        if config.is_encoder_decoder:  # T5Gemma nests an encoder's config; T5 and BART are flat
+            config = getattr(config, "encoder", config)
+        return config.get_text_config()
+
+    @property
+    def llm_layers(self) -> list[int]:
+        """The layers given to the projector, as non-negative indices."""
+        layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
+        return [layer % (self.llm_text_config.num_hidden_layers + 1) for layer in layers]
+
+    @property
+    def adds_llm_embeddings(self) -> bool:
+        """Whether the projected states are added to a projection of the LLM's input embeddings."""
+        return self.fusion == "add" and not self.shared_tokenizer
+
+    @property
+    def maps_prompt_tokens(self) -> bool:
+        """Whether the SLM's tokenizer is the LLM's, trimmed: the model then maps prompt ids to the SLM's."""
+        return self.shared_tokenizer and self.vocab_size < self.llm_text_config.vocab_size
+
+    @property
+    def prompt_layers(self) -> list[int]:
+        """The layers in `prompt_hidden_states`: `llm_layers`, and layer 0 behind them if its states are added to."""
+        needs_embeddings = self.adds_llm_embeddings and 0 not in self.llm_layers
+        return self.llm_layers + [0] * needs_embeddings
+
+    @property
+    def prompt_hidden_size(self) -> int:
+        """Width of `prompt_hidden_states`: the LLM's hidden size for each of `prompt_layers`."""
+        return len(self.prompt_layers) * self.llm_hidden_size
+
+    @property
+    def llm_hidden_size(self) -> int:
+        """Width of the LLM's hidden states."""
+        return self.llm_text_config.hidden_size
+
+    @property
+    def slm_hidden_size(self) -> int:
+        """Width of the SLM's embeddings."""
+        return self.slm_config.get_text_config().hidden_size
+
+    @property
+    def hidden_size(self) -> int:
+        """The SLM's: what a training library asks a configuration for."""
+        return self.slm_hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """The SLM's: `labels` and generated ids are below it."""
+        return self.slm_config.get_text_config().vocab_size
+
+    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+        """The SLM's configuration, or the LLM's if only the encoder's is asked for."""
+        if encoder and not decoder:
+            return self.llm_text_config
+        return self.slm_config.get_text_config(decoder=decoder) if decoder else self.slm_config.get_text_config()
+
+    def to_dict(self) -> dict:
+        """Serializes the configuration; the code map is always this checkpoint's own files, wherever it came from."""
+        output = super().to_dict()
+        for part in ("llm_config", "slm_config"):  # where its files were is no part of what the model is
+            if isinstance(output.get(part), dict):
+                output[part].pop("_name_or_path", None)
+        output["auto_map"] = dict(AUTO_MAP)
+        output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
+        return output
+
+
+def _as_config(config) -> PretrainedConfig:
+    if config is None:
+        return AutoConfig.for_model("t5")
+    if isinstance(config, dict):
+        fields = {k: v for k, v in config.items() if k != "model_type"}
+        return AutoConfig.for_model(config["model_type"], **fields)
+    return config
+
+
+__all__ = ["LLM2SLMConfig"]

@@ -1,0 +1,394 @@
+"""Fast decode: the SLM's step compiled as a whole, on caches of fixed size.
+
+Choices made here:
+- `slm.generate` prepares everything and hands over to the loop here, its `custom_generate`: lengths, logits
+  processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's.
+- The prompt is read as in the plain path. Its keys and values are then copied into `StaticLayer`s, sliding windows
+  too: the mask says what they see, so one step serves each position and is compiled once.
+- On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
+  vector loops of them that reads the weights about as fast as memory gives them; the matrix library takes three to
+  four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
+- Whatever cannot be compiled is decoded in the plain way, with a note.
+
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and another of them, and
+works on Transformers 4.x and 5.x.
+"""
+
+import functools
+import inspect
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging
+
+from .beams_llm2slm import search_beams
+
+logger = logging.get_logger(__name__)
+
+BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
+BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
+ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
+MAX_CPU_ROWS = 8  # fast decode takes 0.4 of the plain time at 1 row, 0.55 at 4, 0.75 at 8: results/fast_decode.py
+
+
+@dataclass
+class _Compiled:
+    """What stays between two calls: an SLM's compiled step, and a cache, as CUDA graphs replay on one address."""
+
+    function: types.FunctionType
+    step: Callable
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    failed: bool = False
+    idle_cache: Cache | None = None
+
+
+_number = itertools.count()
+# On CPU one for each number of responses: loops over a number that is not known compile to slower code.
+_compiled: weakref.WeakKeyDictionary[PreTrainedModel, dict[int | None, _Compiled]] = weakref.WeakKeyDictionary()
+
+
+def generate_fast(
+    slm: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    generation_config: GenerationConfig,
+    **kwargs,
+):
+    r"""
+    `slm.generate` with a compiled step, or, with a note, without one where that is not possible.
+
+    Args:
+        slm (`PreTrainedModel`):
+            The model that writes.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, hidden_size)`):
+            The prompt; padded on the left for a decoder-only model.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
+            1 for tokens, 0 for padding.
+        generation_config (`GenerationConfig`):
+            How to generate.
+        kwargs:
+            Further arguments of `slm.generate`.
+
+    Returns:
+        What `slm.generate` returns.
+    """
+    inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "generation_config": generation_config}
+    rows = inputs_embeds.shape[0] * _rows_per_prompt(generation_config)
+    reason = _why_plain(slm, generation_config, kwargs)
+    if reason is None and inputs_embeds.device.type == "cpu" and rows > MAX_CPU_ROWS:
+        reason = f"more than {MAX_CPU_ROWS} responses at a time on CPU, where it gains nothing"
+    if reason is not None:
+        logger.warning_once(f"`fast=True` does not go with {reason}: decoding in the plain way.")
+        return slm.generate(**inputs, **kwargs)
+    if generation_config.get_generation_mode() in BEAMS:
+        decode = _search_beams
+    else:  # Transformers hands no streamer to a `custom_generate`
+        decode = functools.partial(_decode, streamer=kwargs.get("streamer"))
+    return slm.generate(**inputs, **kwargs, custom_generate=decode)
+
+
+def _rows_per_prompt(generation_config) -> int:
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+
+
+def _why_plain(slm, generation_config, kwargs) -> str | None:
+    """What keeps a call from fast decode."""
+    if any(compiled.failed for compiled in _compiled.get(slm, {}).values()):
+        return f"{type(slm).__name__} here: its step could not be compiled"
+    mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *BEAMS):
+        return mode.value.replace("_", " ")
+    if generation_config.return_dict_in_generate:
+        return "`return_dict_in_generate=True`"
+    if generation_config.use_cache is False or generation_config.cache_implementation is not None:
+        return "`use_cache=False` and `cache_implementation`"
+    if unknown := sorted(set(kwargs) - set(inspect.signature(slm.generate).parameters)):
+        return f"arguments for the SLM's forward, {unknown}"
+    if kwargs.get("synced_gpus") or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(slm):
+        return "a model sharded over processes"
+    config = slm.config.get_text_config(decoder=True)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not slm._can_compile_fullgraph or not layer_types <= {"full_attention", "sliding_attention"}:
+        return f"{type(slm).__name__}, which Transformers cannot compile on caches of fixed size"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+def _decode(
+    slm, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **model_kwargs
+) -> torch.LongTensor:
+    """Greedy search or sampling, as in `GenerationMixin`; called by `slm.generate` with all it prepared."""
+    pad_token = generation_config._pad_token_tensor
+    stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
+    logits = step.read_prompt()
+    while True:
+        scores = logits_processor(input_ids, logits[:, -1].to(input_ids.device, torch.float32))
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if stops_at_eos:
+            tokens = tokens.where(unfinished, pad_token)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        if not unfinished.any():
+            break
+        logits = step.write(tokens[:, None])
+    step.end()
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """Beam search or beam sampling, as in `GenerationMixin`; called by `slm.generate` with all it prepared."""
+    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
+    sequences = search_beams(step, input_ids, logits_processor, stopping_criteria, generation_config)
+    step.end()
+    return sequences
+
+
+class _Step:
+    """One batch of responses: the prompt in the plain way, then token after token through the compiled step."""
+
+    def __init__(self, slm, input_ids, model_kwargs, rows_per_prompt):
+        self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
+        self.rows_per_prompt = rows_per_prompt
+        self.arguments = inspect.signature(slm.forward).parameters
+        rows = input_ids.shape[0] if input_ids.device.type == "cpu" else None
+        of_slm = _compiled.setdefault(slm, {})
+        if rows not in of_slm:
+            of_slm[rows] = _compile(_lean_logits, input_ids.device.type)
+        self.compiled = of_slm[rows]
+        self.inputs = {}  # of each step
+        self.unguarded = None
+
+    def read_prompt(self) -> torch.Tensor:
+        """Logits of the prompt; its keys and values are set out for the steps."""
+        given = {name: self.given[name] for name in ("past_key_values", "logits_to_keep") if name in self.given}
+        prepare = self._encoder_decoder_inputs if self.slm.config.is_encoder_decoder else self._decoder_only_inputs
+        output = self.slm(**prepare(), **given, use_cache=True, return_dict=True)
+        if "cache_position" in self.arguments:  # Transformers 4
+            self.inputs["cache_position"] = torch.tensor([self.length], device=self.prompt_ids.device)
+        cache, logits = output.past_key_values, output.logits
+        if logits.shape[0] < self.prompt_mask.shape[0]:
+            cache.batch_repeat_interleave(self.rows_per_prompt)
+            logits = logits.repeat_interleave(self.rows_per_prompt, dim=0)
+        self._set_out_cache(cache, BLOCK * (self.length // BLOCK + 1))
+        return logits
+
+    def _decoder_only_inputs(self):
+        """Each prompt once: `generate` has repeated them for the beams."""
+        embeds, mask = self.given["inputs_embeds"], self.given.get("attention_mask")
+        if mask is None:  # Transformers 5 drops a mask of ones
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask}
+        if "position_ids" in self.arguments:
+            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            self.inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+        self.length, self.prompt_mask = embeds.shape[1], mask
+        self.prefix = ""
+        return {name: states[:: self.rows_per_prompt] for name, states in inputs.items()}
+
+    def _encoder_decoder_inputs(self):
+        states, mask = self.given["encoder_outputs"].last_hidden_state, self.given["attention_mask"]
+        padding = -states.shape[1] % ENCODER_BLOCK
+        inputs = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=nn.functional.pad(states, (0, 0, 0, padding))),
+            "attention_mask": nn.functional.pad(mask, (0, padding)),
+        }
+        self.inputs.update(inputs)
+        self.length, self.prompt_mask = self.prompt_ids.shape[1], torch.ones_like(self.prompt_ids)
+        self.prefix = "decoder_"
+        return {"decoder_input_ids": self.prompt_ids, **inputs}
+
+    def _set_out_cache(self, cache, capacity):
+        """Copies `cache` into one with room for `capacity` positions."""
+        idle, self.compiled.idle_cache = self.compiled.idle_cache, None
+        self.unguarded = None
+        self.capacity, self.inputs["past_key_values"] = capacity, _fixed_cache(cache, self.length, capacity, idle)
+        # Positions not yet written are hidden by causality.
+        self.inputs[f"{self.prefix}attention_mask"] = nn.functional.pad(
+            self.prompt_mask, (0, capacity - self.prompt_mask.shape[1]), value=1
+        )
+
+    def write(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits behind `tokens` of shape `(batch_size, 1)`."""
+        if self.length == self.capacity:
+            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
+        self.inputs[f"{self.prefix}input_ids"] = tokens
+        logits = self._run()
+        self.length += 1
+        for name in {"position_ids", "cache_position"} & set(self.inputs):
+            self.inputs[name] = self.inputs[name] + 1
+        return logits
+
+    def choose_rows(self, rows: torch.Tensor) -> None:
+        """Goes on with what was written in these rows, of shape `(batch_size,)`; each is of the same prompt."""
+        if rows.tolist() == list(range(len(rows))):
+            return
+        cache = self.inputs["past_key_values"]
+        for layer in getattr(cache, "self_attention_cache", cache).layers:
+            for states in (layer.keys, layer.values):
+                written = states[:, :, : self.length]  # in place: CUDA graphs replay on one address
+                written.copy_(written.index_select(0, rows))
+
+    def end(self) -> None:
+        """Leaves the cache to the next response."""
+        self.compiled.idle_cache = self.inputs["past_key_values"]
+
+    def _run(self):
+        if self.unguarded is not None:
+            return self.unguarded(self.slm, self.inputs)
+        if not self.compiled.failed:
+            try:
+                with self.compiled.lock:
+                    logits = self.compiled.step(self.slm, self.inputs)
+                    if self.prompt_ids.device.type == "cpu":
+                        self.unguarded = _latest_code(self.compiled.function)
+                return logits
+            except Exception as error:  # one that is not about compiling comes again below
+                self.compiled.failed = True
+                logger.warning_once(
+                    f"`fast=True`: the step of {type(self.slm).__name__} could not be compiled, decoding in the plain "
+                    f"way. {type(error).__name__}: {error}"
+                )
+                self._forget_step()
+        return _logits(self.slm, self.inputs)
+
+    def _forget_step(self):
+        """Takes back that a step which failed half-way has counted its token: the layers of Transformers 5 do."""
+        cache = self.inputs["past_key_values"]
+        for layer in getattr(cache, "self_attention_cache", cache).layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(self.length)
+
+
+# ------------------------------------------------------------------------------------------------ caches of fixed size
+def _fixed_cache(cache, length, capacity, idle):
+    """The first `length` positions of `cache` in one with room for `capacity`: `idle` if it has that shape."""
+    if not isinstance(cache, EncoderDecoderCache):
+        return Cache(layers=_fixed_layers(cache.layers, length, capacity, [] if idle is None else idle.layers))
+    own, cross = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    idle_own = [] if idle is None else idle.self_attention_cache.layers
+    idle_cross = [] if idle is None else idle.cross_attention_cache.layers
+    prompt_length = cross[0].keys.shape[2]
+    return EncoderDecoderCache(
+        Cache(layers=_fixed_layers(own, length, capacity, idle_own)),
+        Cache(layers=_fixed_layers(cross, prompt_length, prompt_length, idle_cross)),
+    )
+
+
+def _fixed_layers(layers, length, capacity, idle):
+    if [_kind(layer, capacity) for layer in layers] != [_kind(layer, layer.max_cache_len) for layer in idle]:
+        idle = [StaticLayer(max_cache_len=capacity) for _ in layers]
+    for fixed, layer in zip(idle, layers, strict=True):
+        keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        padding = (0, 0, length - keys.shape[2], 0)  # a sliding window has forgotten the first ones
+        fixed.reset()
+        fixed.update(nn.functional.pad(keys, padding), nn.functional.pad(values, padding))
+    return idle
+
+
+def _kind(layer, capacity):
+    keys, values = layer.keys, layer.values
+    # Tensors of inference mode cannot be written to outside of it.
+    shape = (*keys.shape[:2], keys.shape[3], values.shape[3], capacity)
+    return shape, keys.dtype, keys.device, keys.is_inference()
+
+
+# -------------------------------------------------------------------------------------------------- the compiled step
+def _compile(function, device_type):
+    # The compiler counts what it compiled by code object, and stops at eight; and a size that differs from one it has
+    # seen in code of the same name, it takes for one that varies. So each gets code and a name of its own.
+    name = f"{function.__name__}_{next(_number)}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), globals())
+    mode = "reduce-overhead" if device_type == "cuda" else None  # CUDA graphs
+    return _Compiled(own, torch.compile(own, backend=BACKEND, fullgraph=True, mode=mode))
+
+
+def _latest_code(function):
+    """
+    What the compiler has just run for `function`, without its guards. They compare each module and parameter of the
+    SLM with what it was, which takes about a sixth of a small SLM's step: the first step of a response is enough.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # slow to import
+
+    entries = _debug_get_cache_entry_list(function.__code__)
+    if not entries:
+        raise RuntimeError("torch.compile is switched off")
+    return types.FunctionType(entries[0].code, globals())
+
+
+def _lean_logits(slm, inputs):
+    with _ProductsAndSums():
+        return _logits(slm, inputs)
+
+
+def _logits(slm, inputs):
+    return slm(**inputs, use_cache=True, return_dict=True).logits
+
+
+class _ProductsAndSums(TorchFunctionMode):
+    """On CPU: linear layers and attention of few rows as sums that the compiler makes one run of vector loops of."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = {nn.functional.linear: _linear, nn.functional.scaled_dot_product_attention: _attention}.get(func, func)
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(x, weight, bias=None):
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
+        return nn.functional.linear(x, weight, bias)
+    exact = _exact(x.dtype)
+    rows = _in_memory(x.reshape(-1, x.shape[-1])).to(exact)  # (rows, in_features)
+    weight = weight.to(exact)
+    # One loop for all of these sums: each weight is read, and converted, once. (rows, out_features)
+    y = torch.stack([(weight * row).sum(dim=-1) for row in rows])
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    _, heads, length, width = query.shape
+    if length > 1 or query.device.type != "cpu" or dropout_p or is_causal:
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    exact = _exact(query.dtype)
+    if enable_gqa:
+        key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    scores = (_in_memory(query).to(exact) * key.to(exact)).sum(dim=-1)  # (batch_size, heads, key_length)
+    scores = scores * (width**-0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask[:, :, 0], -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask[:, :, 0]
+    weights = _in_memory(scores.softmax(dim=-1))
+    return (weights[..., None] * value.to(exact)).sum(dim=2, keepdim=True).to(query.dtype)
+
+
+def _exact(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _in_memory(x):
+    """The compiler would otherwise compute `x` anew for each output that it goes into."""
+    return torch.as_strided(x.contiguous(), x.shape, x.contiguous().stride())

@@ -1,0 +1,110 @@
+"""The text2text-generation pipeline, which Transformers 5 removed and an LLM-to-SLM checkpoint brings back.
+
+One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
+"""
+
+from transformers import Pipeline
+
+
+class LLM2SLMText2TextGenerationPipeline(Pipeline):
+    """
+    Writes a response to each prompt.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> rewrite = pipeline("text2text-generation", model=folder_or_name, trust_remote_code=True)
+    >>> rewrite("And God said, Let there be light: and there was light.", max_new_tokens=40)
+    [{'generated_text': '...'}]
+    ```
+
+    Prompts are strings (put into the configuration's `prompt_format`), lists of strings, chats (lists of messages, put
+    through the LLM's chat template), lists of chats, or anything that iterates over them. Every other argument is one
+    of `generate`, but `truncation` and `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors`
+    (ids instead of text) and `clean_up_tokenization_spaces`.
+    """
+
+    _load_tokenizer = True
+    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    _pipeline_calls_generate = False  # generate's arguments go to it as they are, in both major versions
+
+    def _sanitize_parameters(
+        self,
+        truncation=None,
+        prompt_max_length=None,
+        chat_template_kwargs=None,
+        return_tensors=None,
+        return_text=None,
+        clean_up_tokenization_spaces=None,
+        **generate_kwargs,
+    ):
+        preprocess = {
+            "truncation": truncation,
+            "max_length": prompt_max_length,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        postprocess = {
+            "return_tensors": return_tensors if return_text is None else not return_text,
+            "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
+        }
+        return _given(preprocess), generate_kwargs, _given(postprocess)
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Returns:
+            For one prompt a list of `{"generated_text": str}`, one for each of `num_return_sequences`; for a list of
+            prompts a list of them, flat where each prompt has one response.
+        """
+        if isinstance(inputs, (list, tuple)) and inputs and _is_message(inputs[0]):
+            return super().__call__([list(inputs)], **kwargs)[0]  # one chat
+        outputs = super().__call__(inputs, **kwargs)
+        # The built-in task of Transformers 4 flattens a list of strings, and evaluate relies on it.
+        strings = isinstance(inputs, list) and all(isinstance(text, str) for text in inputs)
+        if strings and all(len(responses) == 1 for responses in outputs):
+            return [responses[0] for responses in outputs]
+        return outputs
+
+    def preprocess(self, inputs, chat_template_kwargs=None, **tokenizer_kwargs):
+        """A prompt, or a chat, to ids of the LLM's tokenizer."""
+        if isinstance(inputs, str):
+            if not inputs.strip():
+                raise ValueError("The prompt is empty.")
+            inputs = self.model.config.format_prompt(inputs)
+        else:  # a chat: a list of messages, or the Chat that Transformers 5 wraps around it
+            messages = getattr(inputs, "messages", inputs)
+            inputs = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            )
+            tokenizer_kwargs["add_special_tokens"] = False  # the template brings them
+        return dict(self.tokenizer(inputs, return_tensors="pt", **tokenizer_kwargs))
+
+    def _forward(self, model_inputs, **generate_kwargs):
+        batch_size = model_inputs["input_ids"].shape[0]
+        output = self.model.generate(**model_inputs, **generate_kwargs)
+        ids = output if not hasattr(output, "sequences") else output.sequences
+        return {"output_ids": ids.reshape(batch_size, ids.shape[0] // batch_size, -1)}
+
+    def postprocess(self, model_outputs, return_tensors=False, clean_up_tokenization_spaces=False):
+        """The responses to one prompt, decoded by the SLM's tokenizer."""
+        responses = model_outputs["output_ids"][0]  # (num_return_sequences, response_length)
+        if return_tensors:
+            return [{"generated_token_ids": ids} for ids in responses]
+        return [
+            {
+                "generated_text": self.tokenizer.decode(
+                    ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up_tokenization_spaces
+                )
+            }
+            for ids in responses
+        ]
+
+
+def _given(arguments: dict) -> dict:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _is_message(item) -> bool:
+    return isinstance(item, dict) and "role" in item
+
+
+__all__ = ["LLM2SLMText2TextGenerationPipeline"]

@@ -1,0 +1,191 @@
+"""Two tokenizers, one object: prompts are read by the LLM's tokenizer, responses written by the SLM's.
+
+One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
+"""
+
+import copy
+import json
+import os
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+LLM_FOLDER = "llm_tokenizer"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class LLM2SLMTokenizer(PreTrainedTokenizerFast):
+    """
+    The SLM's tokenizer (ids, special tokens, `decode`, `text_target`) whose prompt side is the LLM's tokenizer
+    (`__call__`, `encode`, `pad`, chat templates).
+
+    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` of the prompts are set
+    on `llm_tokenizer`.
+    """
+
+    # No `__init__`: Transformers 5 takes apart a fast tokenizer whose class defines one, and loses its pre-tokenizer.
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    slow_tokenizer_class = None
+    _auto_class = "AutoTokenizer"
+    llm_tokenizer: Any = None  # a PreTrainedTokenizerBase, once joined or loaded
+
+    @classmethod
+    def from_tokenizers(
+        cls, llm_tokenizer: PreTrainedTokenizerBase, slm_tokenizer: PreTrainedTokenizerBase
+    ) -> "LLM2SLMTokenizer":
+        r"""
+        Joins two tokenizers, which are copied. One without a padding token pads with its end-of-sequence token.
+
+        Raises:
+            ValueError: if one of them is not a fast tokenizer, or the SLM's has no end-of-sequence token.
+        """
+        for name, tokenizer in (("llm_tokenizer", llm_tokenizer), ("slm_tokenizer", slm_tokenizer)):
+            if not getattr(tokenizer, "is_fast", False):
+                raise ValueError(f"`{name}` must be a fast tokenizer, got {type(tokenizer).__name__}.")
+        if slm_tokenizer.eos_token is None:
+            raise ValueError("`slm_tokenizer` has no `eos_token`: a response could not end.")
+        special = {name: getattr(slm_tokenizer, name) for name in SPECIAL_TOKENS if getattr(slm_tokenizer, name)}
+        special.setdefault("pad_token", slm_tokenizer.eos_token)
+        joined = cls(
+            tokenizer_object=copy.deepcopy(slm_tokenizer.backend_tokenizer),
+            model_max_length=slm_tokenizer.model_max_length,
+            **special,
+        )
+        joined.llm_tokenizer = _as_prompt_tokenizer(copy.deepcopy(llm_tokenizer))
+        return joined
+
+    @property
+    def slm_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The SLM's tokenizer by itself, for what matches text against the SLM's vocabulary."""
+        special = {name: getattr(self, name) for name in SPECIAL_TOKENS if getattr(self, name)}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend_tokenizer, model_max_length=self.model_max_length, **special
+        )
+
+    # -------------------------------------------------------------------------------------------------- load and save
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads both tokenizers of a checkpoint."""
+        joined = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+        nested = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        subfolder = "/".join(part for part in (kwargs.get("subfolder"), LLM_FOLDER) if part)
+        joined.llm_tokenizer = _as_prompt_tokenizer(
+            PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **nested)
+        )
+        return joined
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves the SLM's tokenizer into `save_directory` and the LLM's into its folder `llm_tokenizer`."""
+        llm_tokenizer, push_to_hub = self.llm_tokenizer, kwargs.pop("push_to_hub", False)
+        # The LLM's folder first: a push then uploads both.
+        folder = os.path.join(save_directory, LLM_FOLDER)
+        llm_files = llm_tokenizer.save_pretrained(folder)
+        path = os.path.join(folder, "tokenizer_config.json")
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        # A name both major versions know; Transformers 5 writes its own, and the LLM's own code is not shipped.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.pop("auto_map", None)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, ensure_ascii=False)
+        _without_indent(os.path.join(folder, "tokenizer.json"))
+        self.llm_tokenizer = None  # not a field of this tokenizer's own configuration
+        try:
+            return tuple(super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)) + tuple(
+                llm_files
+            )
+        finally:
+            self.llm_tokenizer = llm_tokenizer
+
+    # ---------------------------------------------------------------------------------------------------- prompt side
+    def __call__(self, text=None, *args, text_target=None, **kwargs):
+        r"""
+        Tokenizes prompts with the LLM's tokenizer and, as `labels`, responses with the SLM's.
+
+        Args:
+            text (`str`, `list[str]`, *optional*): The prompt or prompts.
+            text_target (`str`, `list[str]`, *optional*):
+                The response or responses; an end-of-sequence token is put behind each.
+            kwargs: As for any tokenizer (`truncation`, `max_length`, `padding`, `return_tensors`), for both sides.
+
+        Returns:
+            `BatchEncoding` with `input_ids` and `attention_mask` of the prompts and, with both arguments, `labels`;
+            with `text_target` alone, `input_ids` and `attention_mask` of the responses.
+        """
+        if text is None and text_target is None:
+            raise ValueError("Pass `text` (prompts), `text_target` (responses) or both.")
+        if text is None:
+            return self._encode_response(text_target, **kwargs)
+        encoding = self.llm_tokenizer(text, *args, **kwargs)
+        if text_target is not None:
+            encoding["labels"] = self._encode_response(text_target, **kwargs)["input_ids"]
+        return encoding
+
+    def encode(self, text, *args, **kwargs) -> list[int]:
+        """Prompt ids."""
+        return self.llm_tokenizer.encode(text, *args, **kwargs)
+
+    def tokenize(self, text, *args, **kwargs) -> list[str]:
+        """Prompt tokens."""
+        return self.llm_tokenizer.tokenize(text, *args, **kwargs)
+
+    def pad(self, *args, **kwargs):
+        """Pads prompts."""
+        return self.llm_tokenizer.pad(*args, **kwargs)
+
+    def apply_chat_template(self, *args, **kwargs):
+        """The LLM's chat template: it is the LLM that reads the prompt."""
+        return self.llm_tokenizer.apply_chat_template(*args, **kwargs)
+
+    @property
+    def chat_template(self):
+        """The LLM's."""
+        return None if self.llm_tokenizer is None else self.llm_tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, value):
+        if self.llm_tokenizer is not None:
+            self.llm_tokenizer.chat_template = value
+
+    # -------------------------------------------------------------------------------------------------- response side
+    def _encode_response(self, text, padding=False, truncation=None, max_length=None, return_tensors=None, **kwargs):
+        if max_length is not None:
+            max_length -= 1  # room for the end-of-sequence token
+        kwargs.pop("add_special_tokens", None)  # a chat-templated prompt brings its own; a response never does
+        texts = [text] if isinstance(text, str) else text
+        rows = super().__call__(texts, truncation=truncation, max_length=max_length, **kwargs)["input_ids"]
+        rows = [self._ended(row) for row in rows]
+        encoding = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        if isinstance(text, str) and return_tensors is None and not padding:
+            encoding = {name: value[0] for name, value in encoding.items()}
+        max_length = None if max_length is None else max_length + 1
+        return super().pad(encoding, padding=padding, max_length=max_length, return_tensors=return_tensors)
+
+    def _ended(self, row: list[int]) -> list[int]:
+        ended = bool(row) and row[-1] == self.eos_token_id
+        while row and row[-1] == self.eos_token_id:
+            row = row[:-1]
+        # A tokenizer that puts a start but no end token is a decoder-only model's: the prompt is before the response.
+        if not ended and row and row[0] == self.bos_token_id:
+            row = row[1:]
+        return [*row, self.eos_token_id]
+
+
+def _without_indent(path: str) -> None:
+    """Writes a JSON file anew: one of a large vocabulary is mostly indentation."""
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, separators=(",", ":"))
+
+
+def _as_prompt_tokenizer(tokenizer):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # no token_type_ids: one prompt is one segment
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+__all__ = ["LLM2SLMTokenizer"]
