@@ -79,7 +79,9 @@ def _load_adapter(args, trained_llm):
         tokenizer = _load_tokenizer(args.model, args.revision) if has_tokenizer else _load_tokenizer(base, None)
         model = _load_language_model(base, base_args)
     # Merged, as one would deploy it: without the adapter's own matrix products in each step.
-    return PeftModel.from_pretrained(model, args.model, revision=args.revision).merge_and_unload().eval(), tokenizer
+    merged = PeftModel.from_pretrained(model, args.model, revision=args.revision).merge_and_unload().eval()
+    # A head that stays frozen is slow with the last states of each row alone (arms.with_lora).
+    return merged.requires_grad_(True), tokenizer
 
 
 def _load_language_model(name, args):
