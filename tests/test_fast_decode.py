@@ -68,8 +68,9 @@ def test_the_step_that_inductor_compiles_writes_the_same_tokens(kind, notes, mon
     inputs = padded(build_prompts((7,)))
     plain, fast = both(model, inputs, do_sample=False, max_new_tokens=20, eos_token_id=None)
     assert torch.equal(plain, fast)
-    plain, fast = both(model, inputs, do_sample=True, max_new_tokens=20, eos_token_id=None)
-    assert torch.equal(plain, fast)
+    for options in ({"do_sample": True}, {"do_sample": False, "num_beams": 3}):
+        plain, fast = both(model, inputs, **options, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(plain, fast)
     assert compiled_and_used(model) and not notes()
 
 

@@ -234,7 +234,7 @@ class _Step:
         """Logits behind `tokens` of shape `(batch_size, 1)`."""
         if self.length == self.capacity:
             self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
-        self.inputs[f"{self.prefix}input_ids"] = tokens
+        self.inputs[f"{self.prefix}input_ids"] = tokens.contiguous()  # the compiled step takes no other strides
         logits = self._run()
         self.length += 1
         for name in {"position_ids", "cache_position"} & set(self.inputs):
