@@ -79,7 +79,10 @@ def test_hub_file_imports_only_what_every_user_has(module):
             continue
         assert not foreign, f"{path.name}:{node.lineno} imports {foreign}"
     # transformers looks for relative imports by a regular expression, in docstrings too.
-    assert set(get_relative_imports(path)) <= set(HUB_MODULES) - {module}
+    imported = set(get_relative_imports(path))
+    assert imported <= set(HUB_MODULES) - {module}
+    if module == "modeling_llm2slm":  # Transformers 4 copies what this one imports, and no more
+        assert imported == set(HUB_MODULES) - {module}
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)

@@ -59,9 +59,8 @@ def search_beams(
         of_prompts = (candidates.split(num_candidates), sums.tolist(), ended.view_as(sums).tolist())
         for search, first, *of_prompt in zip(searches, range(0, len(rows), num_candidates), *of_prompts, strict=True):
             beams += [(first + i, total) for i, total in search.go_on(*of_prompt)]
-        if ended.all() or all(search.is_full_and_stops for search in searches):
-            break
-        if not any(search.may_improve for search in searches):
+        is_over = all(search.is_full_and_stops for search in searches)
+        if ended.all() or is_over or not any(search.may_improve for search in searches):
             break
         chosen = torch.tensor([candidate for candidate, _ in beams], device=device)
         sums = torch.tensor([total for _, total in beams], device=device)

@@ -47,7 +47,8 @@ from .loading_llm2slm import (
     without_head,
 )
 
-if TYPE_CHECKING:  # save_pretrained copies the files it finds as relative imports: these two complete the checkpoint
+if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Transformers 4 asks no other file for any)
+    from .beams_llm2slm import search_beams  # noqa: F401
     from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline  # noqa: F401
     from .tokenization_llm2slm import LLM2SLMTokenizer  # noqa: F401
 
