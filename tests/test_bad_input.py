@@ -236,7 +236,10 @@ def test_invalid_labels_are_refused_before_the_llm_runs(model, module_calls):
     [
         ({"fusion": "concat"}, "`fusion` must be one of 'replace', 'add', got 'concat'"),
         ({"projector_type": "conv"}, "`projector_type` must be one of 'mlp', 'linear', got 'conv'"),
-        ({"projector_norm": "batch"}, "`projector_norm` must be one of 'layer_norm', None, got 'batch'"),
+        (
+            {"projector_norm": "batch"},
+            "`projector_norm` must be one of 'layer_norm', 'standardize', None, got 'batch'",
+        ),
         ({"llm_layer": 3}, r"`llm_layer` must be an integer from -3 to 2 .*2 layers.*got 3"),
         ({"llm_layer": -4}, r"`llm_layer` must be an integer from -3 to 2 .*got -4"),
         ({"llm_layer": [0, 9]}, r"`llm_layer` must be .*got \[0, 9\]"),

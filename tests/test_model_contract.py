@@ -273,7 +273,13 @@ def test_the_head_of_an_encoder_passed_as_an_object_is_not_read():
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize(
-    "projector", [{"projector_type": "linear"}, {"projector_norm": None}, {"llm_layer": [0, 1, 2]}]
+    "projector",
+    [
+        {"projector_type": "linear"},
+        {"projector_norm": None},
+        {"projector_norm": "standardize"},
+        {"llm_layer": [0, 1, 2]},
+    ],
 )
 @torch.no_grad()
 def test_each_projector_maps_to_the_slms_width_and_matters(fusion, projector):

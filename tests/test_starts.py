@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, Granit
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.building import make_slm, slice_lm, token_map, trim_tokenizer
 from llm2slm.features import cache_prompt_features
-from llm2slm.starts import fit_head, start_at_zero, start_from_states
+from llm2slm.starts import fit_head, standardize_states, start_at_zero, start_from_states
 
 PROMPTS = [*TEXTS[:3], *CORPUS[:5], *OTHER_TEXTS]
 
@@ -41,6 +41,45 @@ def pair_with_a_trimmed_tokenizer(texts=PROMPTS, depth=2, llm=None, **config):
 def cached(model, tokenizer, folder, prompts=PROMPTS):
     rows = Dataset.from_dict({"input_ids": tokenizer(list(prompts))["input_ids"]})
     return cache_prompt_features(rows, model, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- one scale
+@pytest.mark.parametrize("fusion", ["replace", "add"])
+@pytest.mark.parametrize("layers", [1, [0, 2]])
+def test_standardized_every_number_of_the_states_has_mean_zero_and_deviation_one(fusion, layers, tmp_path):
+    tokenizer = byte_level()
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        build_llm_for(tokenizer), build_slm("llama"), fusion=fusion, llm_layer=layers, projector_norm="standardize"
+    )
+    data = cached(model, tokenizer, tmp_path)
+    states = torch.cat([torch.as_tensor(row["prompt_hidden_states"]).float() for row in data])
+    norms = model.projector.norms
+    width = model.projector.llm_hidden_size
+    read = states.split(width, dim=-1)[: len(norms)]
+    assert all(norm(part).equal(part) for norm, part in zip(norms, read, strict=True))
+    standardize_states(model, data)
+    for norm, part in zip(norms, read, strict=True):
+        scaled = norm(part)
+        torch.testing.assert_close(scaled.mean(dim=0), torch.zeros(width), atol=1e-4, rtol=0)
+        torch.testing.assert_close(scaled.std(dim=0, correction=0), torch.ones(width), atol=1e-3, rtol=0)
+    model.save_pretrained(tmp_path / "pair", include_llm=True)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "pair")
+    assert loaded.projector(states[None]).equal(model.projector(states[None]))
+
+
+def test_a_number_that_never_varies_is_not_blown_up(tmp_path):
+    model, _ = pair_with_a_trimmed_tokenizer(llm_layer=1, projector_norm="standardize")
+    states = torch.randn(40, 48)
+    states[:, 7] = 0.1
+    rows = [{"input_ids": [5] * 10, "prompt_hidden_states": part.tolist()} for part in states.split(10)]
+    standardize_states(model, Dataset.from_list(rows).with_format("torch"))
+    assert model.projector.norms[0](states)[:, 7].abs().max() < 1e-3
+
+
+def test_only_a_projector_that_standardizes_is_given_mean_and_deviation(tmp_path):
+    model, tokenizer = pair_with_a_trimmed_tokenizer()
+    with pytest.raises(ValueError, match="`projector_norm` must be 'standardize', got 'layer_norm'"):
+        standardize_states(model, cached(model, tokenizer, tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- at zero
@@ -106,13 +145,16 @@ def gemma2(hidden_size, vocab_size):
 
 
 # Gemma 3 multiplies the embeddings that it looks up; Granite, and Gemma 2 before Transformers 5, those it is given.
+@pytest.mark.parametrize("norm", [None, "standardize"])
 @pytest.mark.parametrize("kind", [llama, gemma3, gemma2, granite])
-def test_from_the_llms_states_the_slice_sees_and_says_what_the_llm_does(kind, tmp_path):
+def test_from_the_llms_states_the_slice_sees_and_says_what_the_llm_does(kind, norm, tmp_path):
     torch.manual_seed(0)
     llm = jitter(AutoModelForCausalLM.from_config(kind(48, len(byte_level())))).eval()
-    model, tokenizer = pair_with_a_trimmed_tokenizer(llm=llm, **UPPER)
+    model, tokenizer = pair_with_a_trimmed_tokenizer(llm=llm, **UPPER | {"projector_norm": norm})
     token_ids = trim_tokenizer(byte_level(), PROMPTS)[1]
     data = cached(model, tokenizer, tmp_path)
+    if norm is not None:
+        standardize_states(model, data)
     start_from_states(model, data)
     for text in PROMPTS:
         batch = tokenizer(text, return_tensors="pt")

@@ -337,6 +337,15 @@ def test_a_slice_of_the_upper_layers_starts_at_the_llms_states(recipe, files):
     assert len(tokenizer) == model.config.vocab_size < llm.config.vocab_size
 
 
+def test_the_states_are_brought_to_one_scale_before_the_first_step(recipe, files):
+    depth = AutoModelForCausalLM.from_pretrained(files / "bpe").config.num_hidden_layers
+    changes = {"llm": str(files / "bpe"), "slm": "slice", "slm_tokenizer": "trimmed", "slm_layers": [depth - 1]}
+    kind = {"projector_norm": "standardize", "llm_layer": depth - 1, "start": "states", "fusion": "add"}
+    assert train(recipe, **changes, **kind, max_steps=1, learning_rate=0.0) is None
+    (norm,) = load(recipe).projector.norms
+    assert norm.mean.abs().min() > 0 and (norm.scale - 1).abs().min() > 0
+
+
 def test_what_only_responses_have_starts_at_its_states_there(recipe, files):
     llm, tokenizer = (kind.from_pretrained(files / "bpe") for kind in (AutoModelForCausalLM, AutoTokenizer))
     layer = llm.config.num_hidden_layers - 1

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 FUSIONS = ("replace", "add")
 PROJECTOR_TYPES = ("mlp", "linear")
-PROJECTOR_NORMS = ("layer_norm", None)
+PROJECTOR_NORMS = ("layer_norm", "standardize", None)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_llm2slm.LLM2SLMConfig",
@@ -49,8 +49,10 @@ class LLM2SLMConfig(PretrainedConfig):
         projector_hidden_act (`str`, *optional*, defaults to `"relu"`):
             Activation of the `"mlp"` projector.
         projector_norm (`str`, *optional*, defaults to `"layer_norm"`):
-            Normalisation of each LLM layer's states before the projector, or `None`. The inner layers of a
-            decoder-only LLM are hundreds of times larger than its embeddings.
+            Normalisation of each LLM layer's states before the projector: `"layer_norm"`; `"standardize"`, each
+            number less its mean and over its standard deviation, which are constants that
+            [`~llm2slm.starts.standardize_states`] measures; or `None`. The inner layers of a decoder-only LLM are
+            hundreds of times larger than its embeddings, and some of their numbers hundreds of times the others.
         llm_layer (`int` or `list[int]`, *optional*, defaults to -1):
             Which hidden states of the LLM are read, counted as in `output_hidden_states`: 0 is the input of the first
             layer, `k` the output of layer `k`, -1 the last, after the final norm. States of several layers are

@@ -73,6 +73,24 @@ class PromptEncoding(ModelOutput):
     attention_mask: Any = None
 
 
+class LLM2SLMStandardization(nn.Module):
+    """
+    `(states - mean) / scale`, number by number, `(..., hidden_size)` as given: both are constants, measured once by
+    [`~llm2slm.starts.standardize_states`]. Until then it changes nothing.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("scale", torch.ones(hidden_size))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return (states - self.mean) / self.scale
+
+
 class LLM2SLMProjector(nn.Module):
     """Maps the LLM's hidden states to the width of the SLM's embeddings (paper, section 3.2)."""
 
@@ -81,8 +99,9 @@ class LLM2SLMProjector(nn.Module):
         self.num_layers, self.llm_hidden_size = len(config.llm_layers), config.llm_hidden_size
         input_size, output_size = self.num_layers * self.llm_hidden_size, config.slm_hidden_size
         self.norms = None
-        if config.projector_norm == "layer_norm":
-            self.norms = nn.ModuleList(nn.LayerNorm(self.llm_hidden_size) for _ in range(self.num_layers))
+        if config.projector_norm is not None:
+            norm = {"layer_norm": nn.LayerNorm, "standardize": LLM2SLMStandardization}[config.projector_norm]
+            self.norms = nn.ModuleList(norm(self.llm_hidden_size) for _ in range(self.num_layers))
         self.hidden = None
         if config.projector_type == "mlp":
             self.hidden = nn.Linear(input_size, config.projector_hidden_size)
@@ -144,6 +163,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if isinstance(module, nn.LayerNorm):
             module.weight.fill_(1.0)
             module.bias.zero_()
+        elif isinstance(module, LLM2SLMStandardization):
+            module.mean.zero_()
+            module.scale.fill_(1.0)
         elif isinstance(module, nn.Linear):
             _init_linear(module, output_std=1.0 if module is self.projector.hidden else 0.02)
 

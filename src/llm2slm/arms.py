@@ -23,7 +23,7 @@ from .features import cache_prompt_features
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
-from .starts import evenly_spaced, fit_head, start_at_zero, start_from_states
+from .starts import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .train_options import TrainOptions
 
@@ -157,6 +157,8 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         examples = make_examples(replace(options, arm="llm2slm"), pairs, model, tokenizer)
         model.llm.to(device)
         examples = cache_features(options, examples, model)
+        if options.projector_norm == "standardize":
+            standardize_states(model, examples["train"])
         if options.start == "states":
             texts = cache_texts(options, examples["train"], model, token_ids)
             start_from_states(model, texts)

@@ -1,5 +1,6 @@
 """Where projector and SLM start, other than at random.
 
+- `standardize_states`: the projector reads the LLM's states at one scale, whatever that of each of their numbers is.
 - `start_at_zero`: the model equals the SLM alone.
 - `start_from_states`: the SLM is a slice of the LLM's upper layers, which read the LLM's states as they are, and its
   embeddings of the response become the mean states of the same tokens.
@@ -20,6 +21,44 @@ from .loading_llm2slm import without_head
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
+
+
+@torch.no_grad()
+def standardize_states(model, dataset: Dataset, max_rows: int = 4096) -> None:
+    r"""
+    Measures mean and standard deviation of each number of the LLM's states, by which a projector with
+    `projector_norm="standardize"` brings them to one scale. It comes before any other start.
+
+    Unlike the layer norm it keeps what tells a token's state from another's in the numbers whose scale is small, and
+    the steps of an optimizer, as long for each weight, do not change the projections the most by the largest. All of a
+    prompt's positions count: in a decoder-only LLM some numbers of the first one's state are so large that they would
+    stand out otherwise.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): Changed in place.
+        dataset (`datasets.Dataset`):
+            With the columns `input_ids` and `prompt_hidden_states` (from
+            [`~llm2slm.features.cache_prompt_features`]).
+        max_rows (`int`, *optional*, defaults to 4096): This many rows are measured, evenly spaced.
+
+    Raises:
+        ValueError: if the projector does not standardize, or a column is missing.
+    """
+    projector = model.projector
+    if model.config.projector_norm != "standardize":
+        raise ValueError(f"The model's `projector_norm` must be 'standardize', got {model.config.projector_norm!r}.")
+    _check_columns(dataset)
+    count, sums, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
+    for index in evenly_spaced(dataset, max_rows):
+        states = torch.as_tensor(dataset[index]["prompt_hidden_states"]).double()
+        count, sums, squares = count + len(states), sums + states.sum(dim=0), squares + states.square().sum(dim=0)
+    mean = sums / count
+    scale = (squares / count - mean.square()).clamp(min=0).sqrt()
+    scale = scale.clamp(min=1e-3 * float(scale.median()))  # a number that hardly varies says nothing
+    layers = zip(mean.split(projector.llm_hidden_size), scale.split(projector.llm_hidden_size), strict=True)
+    for norm, (layer_mean, layer_scale) in zip(projector.norms, layers, strict=False):  # maybe the embeddings behind
+        norm.mean.copy_(layer_mean)
+        norm.scale.copy_(layer_scale)
 
 
 @torch.no_grad()
@@ -58,7 +97,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
     Args:
         model ([`LLM2SLMForConditionalGeneration`]):
             Changed in place. With one tokenizer (maybe trimmed), states of one layer, an SLM as wide as the LLM, from
-            [`~llm2slm.building.slice_lm`], and for `fusion="replace"` a linear projector without normalisation.
+            [`~llm2slm.building.slice_lm`], and for `fusion="replace"` a linear projector without a layer norm.
         dataset (`datasets.Dataset`):
             With the columns `input_ids` (texts, LLM's tokenizer: prompts, with their responses if these are in other
             words) and `prompt_hidden_states` (from [`~llm2slm.features.cache_prompt_features`]).
@@ -79,10 +118,9 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         "the SLM's width": (config.slm_hidden_size, config.llm_hidden_size),
     }
     if config.fusion == "replace":
-        needed |= {
-            "projector_type": (config.projector_type, "linear"),
-            "projector_norm": (config.projector_norm, None),
-        }
+        needed["projector_type"] = (config.projector_type, "linear")
+        if config.projector_norm != "standardize":
+            needed["projector_norm"] = (config.projector_norm, None)
     for name, (found, required) in needed.items():
         if found != required:
             raise ValueError(f"A start from the LLM's states needs {name} to be {required!r}, got {found!r}.")
@@ -112,11 +150,15 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
         model.slm.config.tie_word_embeddings = False
         config.slm_config = model.slm.config
     embeddings.weight.copy_(start / (given * _looked_up_scale(model.slm)))
+    out = model.projector.out
+    nn.init.zeros_(out.weight)
+    nn.init.zeros_(out.bias)
     if config.fusion == "replace":
-        model.projector.out.weight.copy_(torch.eye(config.slm_hidden_size) / given)
-    else:
-        nn.init.zeros_(model.projector.out.weight)
-    nn.init.zeros_(model.projector.out.bias)
+        out.weight.fill_diagonal_(1 / given)
+        if config.projector_norm == "standardize":  # which is taken back
+            (norm,) = model.projector.norms
+            out.weight.mul_(norm.scale)
+            out.bias.copy_(norm.mean / given)
     return regression.r_squared(weight, bias)
 
 

@@ -55,7 +55,11 @@ class TrainOptions:
     )
     projector_type: Literal["mlp", "linear"] = _option("mlp", "mlp: linear, ReLU, linear")
     projector_hidden_size: int | None = _option(None, "width inside the mlp; the SLM's if omitted")
-    projector_norm: Literal["layer_norm", "none"] = _option("layer_norm", "normalisation of the LLM's states")
+    projector_norm: Literal["layer_norm", "standardize", "none"] = _option(
+        "layer_norm",
+        "normalisation of the LLM's states. standardize: each number by its own mean and deviation, measured before"
+        " training (with cached features)",
+    )
     start: Literal["random", "zero", "states"] = _option(
         "random",
         "the projector at first. zero: the model equals the SLM alone (with add and one tokenizer); states: a slice of"
@@ -158,8 +162,9 @@ class TrainOptions:
     def _check_start(self):
         if self.start == "zero" and self.fusion != "add":
             raise ValueError("`start: zero` needs `fusion: add`: with 'replace' the SLM would see no prompt at all.")
-        if self.start == "states" and not self.cache_features:
-            raise ValueError("`start: states` learns from cached features: it needs `cache_features: true`.")
+        for name, value in (("start", "states"), ("projector_norm", "standardize")):
+            if getattr(self, name) == value and not self.cache_features:
+                raise ValueError(f"`{name}: {value}` learns from cached features: it needs `cache_features: true`.")
 
 
 @dataclass
