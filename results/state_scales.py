@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llm2slm.arms import load_tokenizer
-from llm2slm.loading_llm2slm import load_slm
+from llm2slm.loading_llm2slm import load_slm, without_head
 from llm2slm.pairs import load_pairs
 from llm2slm.report import machine, versions
 
@@ -31,9 +31,10 @@ def main():
 
     tokenizer, llm = load_tokenizer(arguments.llm), load_slm(arguments.llm, dtype="bfloat16")
     prompts = load_pairs(arguments.data, "validation", "{prompt}\n", None, arguments.prompts)["prompt"]
+    body = without_head(llm)
     with torch.no_grad():
         texts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-        states = [llm(ids, output_hidden_states=True).hidden_states[arguments.layer][0, 1:].float() for ids in texts]
+        states = [body(ids, output_hidden_states=True).hidden_states[arguments.layer][0, 1:].float() for ids in texts]
     deviations = torch.cat(states).std(dim=0)
     report = {
         "llm": arguments.llm,
