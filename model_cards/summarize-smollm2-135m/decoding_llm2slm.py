@@ -42,7 +42,9 @@ BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 BACKEND = "inductor"  # of torch.compile; tests of everything else take one that is quicker to compile
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
-MAX_CPU_ROWS = 8  # fast decode takes 0.4 of the plain time at 1 row, 0.55 at 4, 0.75 at 8: results/fast_decode.py
+# Fast decode takes 0.44 of the plain time at 1 row, 0.55 at 4, 0.80 at 8 in float32; in bfloat16 on a CPU with matrix
+# units 0.27, 0.46 and 1.26 (results/fast_decode.json).
+MAX_CPU_ROWS = 8
 
 
 @dataclass
