@@ -229,6 +229,18 @@ def test_an_encoder_decoder_alone_reads_the_prompt_and_writes_the_response(recip
     assert report(recipe)["llm"] is None
 
 
+@pytest.mark.parametrize(
+    "arm, slm", [("llm2slm", "llama"), ("llm2slm", "t5"), ("slm", "llama"), ("slm", "t5"), ("llm", None)]
+)
+def test_labels_can_be_smoothed(recipe, files, tmp_path, arm, slm):
+    """The Trainer's option: it takes the labels away from the model, and makes the loss of its logits."""
+    slm = slm and str(files / slm)
+    assert train(recipe, arm=arm, slm=slm, label_smoothing_factor=0.1, logging_steps=1) is None
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("arm", ["llm2slm", "slm", "llm"])
 def test_chats_go_through_the_llms_template(recipe, files, tmp_path, arm):
     with open(tmp_path / "chats.jsonl", "w") as file:

@@ -108,11 +108,11 @@ def _check_positions(config, rows: Dataset, split: str):
 
 
 def make_collator(options: TrainOptions, model, tokenizer):
-    """What makes batches of the arm's examples."""
+    """What makes batches of the arm's examples; with the shifted labels, which a Trainer that smooths them needs."""
     if options.arm == "llm2slm":
-        return DataCollatorForLLM2SLM(tokenizer, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+        return DataCollatorForLLM2SLM(tokenizer, model=model, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     tokenizer.padding_side = "right"  # positions are counted from the first token
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+    collate = DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=-100, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     keeps_some = not model.config.is_encoder_decoder and "logits_to_keep" in signature(model.forward).parameters
 
     def collate_rows(rows):
