@@ -153,12 +153,14 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
     model = compose(options, slm, token_ids)
     if options.start == "zero":
         start_at_zero(model)
+    alone = options.arm == "slm"
     if options.cache_features:
         examples = make_examples(replace(options, arm="llm2slm"), pairs, model, tokenizer)
         model.llm.to(device)
-        examples = cache_features(options, examples, model)
-        if options.projector_norm == "standardize":
-            standardize_states(model, examples["train"])
+        if not alone:
+            examples = cache_features(options, examples, model)
+            if options.projector_norm == "standardize":
+                standardize_states(model, examples["train"])
         if options.start == "states":
             texts = cache_texts(options, examples["train"], model, token_ids)
             start_from_states(model, texts)
@@ -166,7 +168,6 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
                 whole = load_slm(options.llm, dtype=options.llm_dtype).to(device)
                 fit_head(model, whole, texts)
         model.llm.to("cpu")
-    alone = options.arm == "slm"
     (model.slm if alone else model).save_pretrained(folder)
     (slm_tokenizer if alone else tokenizer).save_pretrained(folder)
 
@@ -177,7 +178,7 @@ def cache_texts(options: TrainOptions, examples: Dataset, model, token_ids: list
     write is in them, and may be in another language than the prompts. Prompts alone for an encoder-decoder.
     """
     if token_ids is None or model.config.llm_text_config.is_encoder_decoder:
-        return examples
+        return cache_features(options, {"train": examples}, model)["train"]
     rows = examples.select(evenly_spaced(examples, MAX_TEXTS))
     longest = max_positions(model.config.llm_text_config)
 
