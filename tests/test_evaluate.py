@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from llm2slm.data import DataCollatorForLLM2SLM
 from llm2slm.loading_llm2slm import load_slm
 from llm2slm.pairs import fingerprint, load_pairs
 from llm2slm.shuffled_states import shuffle_among_like, states_of_others
-from llm2slm.systems import few_shot_prompts
+from llm2slm.systems import few_shot_prompts, load_system
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
 COMPLETIONS = ["w3 w2", "a b c", "w9", "w3 w7 w7", "w1 w2", "w22"]
@@ -206,6 +207,15 @@ def test_an_adapters_base_is_where_the_options_or_the_training_say(folders, data
     (option, texts), (training, same_texts) = read(tmp_path / "option.json"), read(tmp_path / "training.json")
     assert option["loss"] == training["loss"] == pytest.approx(expected_loss("adapter", folders), rel=1e-4)
     assert texts == same_texts
+
+
+def test_an_adapters_frozen_head_multiplies_all_rows_at_once(folders):
+    args = Namespace(model=folders["adapter"], llm=None, revision=None, dtype="auto", device="cpu")
+    model, _ = load_system(args, None)
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, states: seen.extend(states))
+    model(input_ids=torch.arange(2, 14).view(2, 6), logits_to_keep=4)
+    assert seen[0].is_contiguous() and not model.get_output_embeddings().weight.requires_grad
 
 
 def test_formats_are_those_of_the_training_unless_the_options_say_others(folders, data, tmp_path):

@@ -20,6 +20,7 @@ from .building import limit_tokenizer, make_slm, slice_lm, token_map, train_toke
 from .configuration_llm2slm import LLM2SLMConfig
 from .data import DataCollatorForLLM2SLM, tokenize_pairs
 from .features import cache_prompt_features
+from .frozen_head import read_states_in_one_piece
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
@@ -310,15 +311,5 @@ def with_lora(options: TrainOptions, model: PreTrainedModel):
         arguments |= {"exclude_modules": r"(llm|projector)\..*", "modules_to_save": ["projector"]}
     else:
         arguments["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(_make_contiguous)
+    read_states_in_one_piece(model)
     return get_peft_model(model, LoraConfig(**arguments))
-
-
-def _make_contiguous(head, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """
-    The states of the responses alone are a slice, which `torch.matmul` multiplies row by row of the batch with copies
-    of a frozen weight (PyTorch 2.13, https://github.com/pytorch/pytorch/pull/166891): on a CPU 50 times slower.
-    """
-    return tuple(states.contiguous() for states in inputs)

@@ -17,6 +17,7 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .cli import device, load_checkpoint
+from .frozen_head import read_states_in_one_piece
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .tokenization_llm2slm import LLM2SLMTokenizer
 
@@ -80,8 +81,8 @@ def _load_adapter(args, trained_llm):
         model = _load_language_model(base, base_args)
     # Merged, as one would deploy it: without the adapter's own matrix products in each step.
     merged = PeftModel.from_pretrained(model, args.model, revision=args.revision).merge_and_unload().eval()
-    # A head that stays frozen is slow with the last states of each row alone (arms.with_lora).
-    return merged.requires_grad_(True), tokenizer
+    read_states_in_one_piece(merged)  # PEFT leaves all but the adapter frozen
+    return merged, tokenizer
 
 
 def _load_language_model(name, args):
