@@ -88,6 +88,12 @@ def report(recipe) -> dict:
         return json.load(file)
 
 
+def logged_losses(recipe) -> dict[int, float]:
+    """The loss of each evaluation, by its step."""
+    with open(recipe["output_dir"] + "/trainer_state.json") as file:
+        return {entry["step"]: entry["eval_loss"] for entry in json.load(file)["log_history"] if "eval_loss" in entry}
+
+
 def load(recipe):
     return LLM2SLMForConditionalGeneration.from_pretrained(recipe["output_dir"])
 
@@ -115,8 +121,7 @@ def test_the_folder_holds_the_model_and_says_how_it_was_trained(recipe, tmp_path
     sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("llm", "projector", "slm")}
     assert run["parameters"] == {"trained": sizes["projector"] + sizes["slm"], **sizes}
     assert run["train"]["steps"] == STEPS and run["train"]["seconds"] > 0 and run["train"]["peak_memory_gib"] > 0
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    losses = list(logged_losses(recipe).values())
     assert len(losses) == 3 and losses[-1] < losses[0]  # it learned
     assert run["train"]["eval_loss"] == pytest.approx(min(losses))
     assert "Finished" in capsys.readouterr().out
@@ -133,8 +138,7 @@ def test_a_finished_training_is_not_done_again(recipe, tmp_path, capsys):
 def test_the_best_checkpoint_is_the_result(recipe, tmp_path):
     # Reads one pair over and over: soon it knows nothing else.
     train(recipe, train_split="train[:1]", learning_rate=0.1, save_total_limit=9, eval_steps=2)
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    losses = logged_losses(recipe)
     best = min(losses, key=losses.get)
     assert best < STEPS
     best_model = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "run" / f"checkpoint-{best}")
@@ -232,13 +236,12 @@ def test_an_encoder_decoder_alone_reads_the_prompt_and_writes_the_response(recip
 @pytest.mark.parametrize(
     "arm, slm", [("llm2slm", "llama"), ("llm2slm", "t5"), ("slm", "llama"), ("slm", "t5"), ("llm", None)]
 )
-def test_labels_can_be_smoothed(recipe, files, tmp_path, arm, slm):
+def test_labels_can_be_smoothed(recipe, files, arm, slm):
     """The Trainer's option: it takes the labels away from the model, and makes the loss of its logits."""
     slm = slm and str(files / slm)
-    assert train(recipe, arm=arm, slm=slm, label_smoothing_factor=0.1, logging_steps=1) is None
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    assert losses[-1] < losses[0]
+    assert train(recipe, arm=arm, slm=slm, label_smoothing_factor=0.1) is None
+    first, *_, last = logged_losses(recipe).values()
+    assert last < first
 
 
 @pytest.mark.parametrize("arm", ["llm2slm", "slm", "llm"])

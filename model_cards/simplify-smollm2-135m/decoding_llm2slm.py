@@ -43,7 +43,7 @@ BACKEND = "inductor"  # of torch.compile; tests of everything else take one that
 BLOCK = 256  # positions; caches hold a multiple and double when full, so that few sizes are compiled
 ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same reason
 # Fast decode takes 0.44 of the plain time at 1 row, 0.55 at 4, 0.80 at 8 in float32; in bfloat16 on a CPU with matrix
-# units 0.27, 0.46 and 1.26 (results/fast_decode.json).
+# units 0.27, 0.46 and 1.26, without them 0.29, 0.43 and 0.50 (results/fast_decode.json, fast_decode-epyc.json).
 MAX_CPU_ROWS = 8
 
 

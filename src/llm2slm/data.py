@@ -162,8 +162,8 @@ class DataCollatorForLLM2SLM:
     Args:
         tokenizer ([`LLM2SLMTokenizer`]): Pads the prompts on its LLM tokenizer's side.
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
-            The model to train. `SFTTrainer` needs it: the batch then has `decoder_input_ids`,
-            `decoder_attention_mask` and `shift_labels` too.
+            The model to train. `SFTTrainer` needs it, and so does `Seq2SeqTrainer` for `label_smoothing_factor`: the
+            batch then has `decoder_input_ids`, `decoder_attention_mask` and `shift_labels` too.
         pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
