@@ -240,11 +240,11 @@ def test_streamers_processors_and_stopping_criteria_are_heard(kind):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"num_beams": 3}, "more than 8 responses at a time on CPU"),
+        ({"num_beams": 3}, "more than 8 responses at a time in torch.float32"),
         ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "return_dict_in_generate"),
-        ({"do_sample": True, "num_return_sequences": 3}, "more than 8 responses at a time on CPU"),
+        ({"do_sample": True, "num_return_sequences": 3}, "more than 8 responses at a time in torch.float32"),
     ],
 )
 def test_what_it_cannot_do_is_decoded_in_the_plain_way_with_a_note(options, reason, notes):
@@ -256,6 +256,16 @@ def test_what_it_cannot_do_is_decoded_in_the_plain_way_with_a_note(options, reas
     assert torch.equal(plain, fast)
     assert len(notes()) == 1 and reason in notes()[0]
     assert model.slm not in decoding_llm2slm._compiled
+
+
+def test_in_bfloat16_a_cpu_with_matrix_units_takes_fewer_rows(notes, monkeypatch):
+    model, inputs = build_model("llama", "llama").to(torch.bfloat16), padded(build_prompts((6, 3, 8, 5, 4)))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model.generate(**inputs, fast=True, do_sample=False, max_new_tokens=4)
+    assert notes() == [] and compiled_and_used(model)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    model.generate(**inputs, fast=True, do_sample=False, max_new_tokens=4)
+    assert len(notes()) == 1 and "more than 4 responses at a time in torch.bfloat16" in notes()[0]
 
 
 def no_compiler(graph, inputs):

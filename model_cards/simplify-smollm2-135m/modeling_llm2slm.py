@@ -691,10 +691,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 An encoded prompt, from `encode_prompt`: many calls, one encode.
             fast (`bool`, *optional*, defaults to `False`):
                 Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens in a fraction
-                of the time, on CPU for up to 8 responses or beams at a time. The first call takes some 20 seconds to
-                compile (a few where the compiler's cache on disk serves), as does the first of more than one response
-                or beam. It needs what `torch.compile` needs (on CPU a C++ compiler); what it cannot do is decoded in
-                the plain way, with a note.
+                of the time, on CPU for up to 8 responses or beams at a time (4 in bfloat16 where the CPU has matrix
+                units for it). The first call takes some 20 seconds to compile (a few where the compiler's cache on
+                disk serves), as does the first of more than one response or beam. It needs what `torch.compile` needs
+                (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a note.
 
         Returns:
             The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`.

@@ -45,6 +45,7 @@ ENCODER_BLOCK = 64  # positions of an encoder-decoder's prompt, for the same rea
 # Fast decode takes 0.44 of the plain time at 1 row, 0.55 at 4, 0.80 at 8 in float32; in bfloat16 on a CPU with matrix
 # units 0.27, 0.46 and 1.26, without them 0.29, 0.43 and 0.50 (results/fast_decode.json, fast_decode-epyc.json).
 MAX_CPU_ROWS = 8
+MAX_CPU_ROWS_BESIDE_MATRIX_UNITS = 4
 
 
 @dataclass
@@ -91,8 +92,8 @@ def generate_fast(
     inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "generation_config": generation_config}
     rows = inputs_embeds.shape[0] * _rows_per_prompt(generation_config)
     reason = _why_plain(slm, generation_config, kwargs)
-    if reason is None and inputs_embeds.device.type == "cpu" and rows > MAX_CPU_ROWS:
-        reason = f"more than {MAX_CPU_ROWS} responses at a time on CPU, where it gains nothing"
+    if reason is None and inputs_embeds.device.type == "cpu" and rows > (most := _max_cpu_rows(slm.dtype)):
+        reason = f"more than {most} responses at a time in {slm.dtype} on this CPU, where it gains nothing"
     if reason is not None:
         logger.warning_once(f"`fast=True` does not go with {reason}: decoding in the plain way.")
         return slm.generate(**inputs, **kwargs)
@@ -101,6 +102,11 @@ def generate_fast(
     else:  # Transformers hands no streamer to a `custom_generate`
         decode = functools.partial(_decode, streamer=kwargs.get("streamer"))
     return slm.generate(**inputs, **kwargs, custom_generate=decode)
+
+
+def _max_cpu_rows(dtype: torch.dtype) -> int:
+    matrix_units = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return MAX_CPU_ROWS_BESIDE_MATRIX_UNITS if matrix_units else MAX_CPU_ROWS
 
 
 def _rows_per_prompt(generation_config) -> int:
