@@ -24,6 +24,7 @@ from llm2slm.report import machine, versions
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="LLM-to-SLM checkpoint with the LLM's tokenizer, maybe trimmed")
+    parser.add_argument("--llm", help="folder of a fine-tuned LLM (default: the one the checkpoint was trained behind)")
     parser.add_argument("--data", required=True, help="data set whose prompts are read")
     parser.add_argument("--split", default="test", help="(default: %(default)s)")
     parser.add_argument("--prompt-format", default="{prompt}\n", help="(default: the prompt and a line break)")
@@ -39,6 +40,7 @@ def main():
         "examples": len(prompts),
         "max_new_tokens": arguments.max_new_tokens,
         "prompt_format": arguments.prompt_format,
+        "llm": arguments.llm,
         "dtypes": {name: compare(arguments, name, tokenizer, prompts) for name in arguments.dtypes},
         "machine": machine(),
         "versions": versions(),
@@ -50,7 +52,10 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
     """Both ways on each prompt; figures of all prompts, and of each."""
     model = LLM2SLMForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype, load_llm=False)
     source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    llm = load_slm(model.config.llm_name_or_path, dtype=dtype, **source).eval()
+    if arguments.llm is not None:
+        llm = load_slm(arguments.llm, dtype=dtype).eval()
+    else:
+        llm = load_slm(model.config.llm_name_or_path, dtype=dtype, **source).eval()
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
     rows = []
