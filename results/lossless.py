@@ -24,7 +24,7 @@ from llm2slm.report import machine, versions
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="LLM-to-SLM checkpoint with the LLM's tokenizer, maybe trimmed")
-    parser.add_argument("--llm", help="folder of a fine-tuned LLM (default: the one the checkpoint was trained behind)")
+    parser.add_argument("--llm", help="folder of a fine-tuned LLM (default: the one it was trained behind)")
     parser.add_argument("--data", required=True, help="data set whose prompts are read")
     parser.add_argument("--split", default="test", help="(default: %(default)s)")
     parser.add_argument("--prompt-format", default="{prompt}\n", help="(default: the prompt and a line break)")

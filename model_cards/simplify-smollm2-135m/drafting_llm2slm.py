@@ -302,7 +302,7 @@ class _Drafter:
     """The SLM with an encoded prompt and a cache: it continues a response greedily, in the LLM's ids."""
 
     def __init__(self, model, prompt_embeds):
-        self.slm, self.prompt_embeds = model.slm, prompt_embeds
+        self.slm, self.embed, self.prompt_embeds = model.slm, model._embed_with_slm, prompt_embeds
         self.is_encoder_decoder = self.slm.config.is_encoder_decoder
         self.fewer_logits = "logits_to_keep" in inspect.signature(self.slm.forward).parameters
         self.read: list[int] = []  # the response's tokens in the cache
@@ -362,9 +362,7 @@ class _Drafter:
                 ids = torch.cat([ids.new_tensor([[self.start_token]]), ids], dim=1)
             output = self.slm(encoder_outputs=self.encoder_outputs, decoder_input_ids=ids, **arguments)
         else:
-            # A token that the SLM lacks is embedded as zero, as `fusion="add"` does in the prompt.
-            embeds = self.slm.get_input_embeddings()(ids.clamp(min=0)) * (ids >= 0)[:, :, None]
-            embeds = embeds.to(self.prompt_embeds.dtype)
+            embeds = self.embed(ids).to(self.prompt_embeds.dtype)
             if first:
                 embeds = torch.cat([self.prompt_embeds, embeds], dim=1)
             if self.fewer_logits:

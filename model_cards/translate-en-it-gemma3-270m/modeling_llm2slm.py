@@ -194,7 +194,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 `"replace"` or `"add"`, see [`LLM2SLMConfig`].
             prompt_token_map (`torch.LongTensor` or `list[int]` of shape `(llm_vocab_size,)`, *optional*):
                 With `shared_tokenizer=True` and an SLM vocabulary smaller than the LLM's: the SLM's id of each token
-                of the LLM, -1 for those it lacks, which `fusion="add"` embeds as zero.
+                of the LLM, -1 for those it lacks, which `fusion="add"` embeds as the mean of all.
             llm_kwargs, slm_kwargs (`dict`, *optional*):
                 Arguments of each `from_pretrained`: `dtype`, `device_map`, `revision`, `quantization_config`, ...
             config_kwargs:
@@ -380,19 +380,26 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
 
     def _embed_prompt(self, input_ids, attention_mask):
-        """The SLM's embeddings of the LLM's ids; zero for a token that a trimmed vocabulary lacks."""
+        """The SLM's embeddings of the LLM's ids."""
         ids = input_ids.to(attention_mask.device).masked_fill(attention_mask == 0, 0)
-        if self.prompt_token_map is None:
-            return self._embed_with_slm(ids)
-        ids = self.prompt_token_map.to(ids.device)[ids].long()
-        return self._embed_with_slm(ids.clamp(min=0)) * (ids >= 0)[:, :, None]
+        if self.prompt_token_map is not None:
+            ids = self.prompt_token_map.to(ids.device)[ids].long()
+        return self._embed_with_slm(ids)
 
     def _embed_with_slm(self, ids):
-        """What the SLM makes of ids before its first layer. Marian and Pegasus scale ids' embeddings, but not ours."""
+        """
+        What the SLM makes of its ids before its first layer. -1 is a token that it lacks and gets the mean of all: in
+        place of it, nothing but a projection would be of a size that the SLM has not learned to read.
+        """
         embeddings = self.slm.get_input_embeddings()
+        # Marian and Pegasus scale ids' embeddings, but not ours.
         scaled_outside = self.config.slm_config.is_encoder_decoder and type(embeddings) is nn.Embedding
         scale = getattr(self.slm.get_encoder(), "embed_scale", 1.0) if scaled_outside else 1.0
-        return embeddings(ids) * scale
+        embeds, lacking = embeddings(ids.clamp(min=0)), ids < 0
+        if lacking.any():
+            every = torch.arange(self.config.vocab_size, device=ids.device)
+            embeds = torch.where(lacking[..., None], embeddings(every).mean(dim=0), embeds)
+        return embeds * scale
 
     @torch.no_grad()
     def encode_hidden_states(
