@@ -51,11 +51,11 @@ def main():
 def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[str]) -> dict:
     """Both ways on each prompt; figures of all prompts, and of each."""
     model = LLM2SLMForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype, load_llm=False)
-    source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    if arguments.llm is not None:
-        llm = load_slm(arguments.llm, dtype=dtype).eval()
-    else:
-        llm = load_slm(model.config.llm_name_or_path, dtype=dtype, **source).eval()
+    name, source = arguments.llm, {}
+    if name is None:
+        name = model.config.llm_name_or_path
+        source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
+    llm = load_slm(name, dtype=dtype, **source).eval()
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
     rows = []
