@@ -23,10 +23,9 @@ install: .venv/.installed  ## Set up .venv: the library, editable, with all it t
 demo: .venv/.installed  ## Run the demo on a real model and real text; TEXT="..." for a text of your own
 	.venv/bin/python training/demo.py $${DEMO_TEXT:+"--text=$$DEMO_TEXT"}
 
-style: .venv/.installed  ## Mend formatting and what ruff can fix, renew the checkpoints' copies of the code
+style: .venv/.installed  ## Mend formatting and what ruff can fix
 	.venv/bin/python -m ruff check --fix .
 	.venv/bin/python -m ruff format .
-	for folder in model_cards/*/; do cp src/llm2slm/*_llm2slm.py $$folder; done
 
 quality: .venv/.installed  ## Check style, docstrings and types; changes nothing
 	.venv/bin/python -m ruff check .

@@ -26,10 +26,11 @@ def test_there_are_published_checkpoints():
     assert CHECKPOINTS
 
 
-def test_the_code_they_carry_is_the_librarys(checkpoint):
-    stale = [path.name for path in CODE if (checkpoint / path.name).read_bytes() != path.read_bytes()]
-    assert not stale, f"`make style` renews {stale} in {checkpoint.name}"
+def test_their_code_is_a_link_to_the_librarys(checkpoint):
     assert {path.name for path in checkpoint.glob("*.py")} == {path.name for path in CODE}
+    for path in CODE:
+        link = checkpoint / path.name
+        assert link.is_symlink() and link.readlink() == Path("../../src/llm2slm") / path.name
 
 
 def test_they_are_slim_and_in_bfloat16(checkpoint):
