@@ -235,6 +235,10 @@ def response_length(model, ids) -> int:
     return ids.shape[1] - model.config.slm_config.is_encoder_decoder
 
 
+def count_hooks(module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
 @pytest.fixture
 def count_calls():
     """A function that counts a module's forwards from then on; its result grows by one entry for each."""

@@ -137,7 +137,7 @@ def test_a_response_outgrows_its_cache(kind, monkeypatch):
     plain, fast = both(model, padded(build_prompts((5, 9))), do_sample=False, max_new_tokens=40, eos_token_id=None)
     assert torch.equal(plain, fast)
     (compiled,) = decoding_llm2slm._compiled[model.slm].values()
-    cache = compiled.idle_cache
+    (cache,) = compiled.idle_caches
     assert getattr(cache, "self_attention_cache", cache).layers[0].max_cache_len > 40
     assert compiled_and_used(model)
 

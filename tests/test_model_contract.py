@@ -17,6 +17,7 @@ from conftest import (
     build_prompts,
     build_slm,
     build_slm_tokenizer,
+    count_hooks,
     jitter,
     padded,
     response_tokens,
@@ -217,10 +218,6 @@ def test_layers_above_the_highest_one_read_are_not_kept(kind, fusion):
     assert (
         build_model(kind, llm_layer=0).llm.num_parameters() == cut.llm.num_parameters()
     )  # one layer stays: its input
-
-
-def count_hooks(module):
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
 @pytest.mark.parametrize("kind", LLM_KINDS)

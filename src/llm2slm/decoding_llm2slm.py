@@ -14,6 +14,7 @@ One of the files copied into every checkpoint: it imports nothing but torch, tra
 works on Transformers 4.x and 5.x.
 """
 
+import collections
 import functools
 import inspect
 import itertools
@@ -50,18 +51,22 @@ MAX_CPU_ROWS_BESIDE_MATRIX_UNITS = 4
 
 @dataclass
 class _Compiled:
-    """What stays between two calls: an SLM's compiled step, and a cache, as CUDA graphs replay on one address."""
+    """
+    What stays between two calls: an SLM's compiled step, and a cache that no call uses, as CUDA graphs replay on one
+    address. Calls of other threads have caches of their own.
+    """
 
     function: types.FunctionType
     step: Callable
     lock: threading.Lock = field(default_factory=threading.Lock)
     failed: bool = False
-    idle_cache: Cache | None = None
+    idle_caches: collections.deque[Cache] = field(default_factory=lambda: collections.deque(maxlen=1))
 
 
 _number = itertools.count()
 # On CPU one for each number of responses: loops over a number that is not known compile to slower code.
 _compiled: weakref.WeakKeyDictionary[PreTrainedModel, dict[int | None, _Compiled]] = weakref.WeakKeyDictionary()
+_compiled_lock = threading.Lock()
 
 
 def generate_fast(
@@ -115,7 +120,7 @@ def _rows_per_prompt(generation_config) -> int:
 
 def _why_plain(slm, generation_config, kwargs) -> str | None:
     """What keeps a call from fast decode."""
-    if any(compiled.failed for compiled in _compiled.get(slm, {}).values()):
+    if any(compiled.failed for compiled in list(_compiled.get(slm, {}).values())):
         return f"{type(slm).__name__} here: its step could not be compiled"
     mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *BEAMS):
@@ -182,9 +187,10 @@ class _Step:
         self.rows_per_prompt = rows_per_prompt
         self.arguments = inspect.signature(slm.forward).parameters
         rows = input_ids.shape[0] if input_ids.device.type == "cpu" else None
-        of_slm = _compiled.setdefault(slm, {})
-        if rows not in of_slm:
-            of_slm[rows] = _compile(_lean_logits, input_ids.device.type)
+        with _compiled_lock:
+            of_slm = _compiled.setdefault(slm, {})
+            if rows not in of_slm:
+                of_slm[rows] = _compile(_lean_logits, input_ids.device.type)
         self.compiled = of_slm[rows]
         self.inputs = {}  # of each step
         self.unguarded = None
@@ -230,7 +236,10 @@ class _Step:
 
     def _set_out_cache(self, cache, capacity):
         """Copies `cache` into one with room for `capacity` positions."""
-        idle, self.compiled.idle_cache = self.compiled.idle_cache, None
+        try:
+            idle = self.compiled.idle_caches.pop()
+        except IndexError:
+            idle = None
         self.unguarded = None
         self.capacity, self.inputs["past_key_values"] = capacity, _fixed_cache(cache, self.length, capacity, idle)
         # Positions not yet written are hidden by causality.
@@ -261,7 +270,7 @@ class _Step:
 
     def end(self) -> None:
         """Leaves the cache to the next response."""
-        self.compiled.idle_cache = self.inputs["past_key_values"]
+        self.compiled.idle_caches.append(self.inputs["past_key_values"])
 
     def _run(self):
         if self.unguarded is not None:

@@ -1,8 +1,8 @@
 """Lossless mode: the LLM's own greedy response, token for token. LLM-to-SLM drafts it, the LLM verifies the draft.
 
 Choices made here:
-- The prompt is encoded once for both. The LLM's run over it fills the cache that verification reads, and hooks on its
-  layers keep the states that the projector reads. Transformers' assisted generation passes no states to a drafter.
+- The prompt is encoded once for both. The LLM's run over it fills the cache that verification reads, and the states of
+  its layers that the projector reads are kept. Transformers' assisted generation passes no states to a drafter.
 - `llm.generate` prepares the call (lengths, logits processors, stopping criteria, the encoder's run) and hands over to
   the loop here, its `custom_generate`. Each token is processed and checked for stopping by itself, as without drafts.
 - Drafter and LLM keep caches of their own, which hold what is verified and are cropped after each rejected draft.
@@ -24,7 +24,8 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Ge
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput
 
-from .loading_llm2slm import check_same_architecture, max_positions, record_layer_states
+from .layers_llm2slm import LayerStates
+from .loading_llm2slm import check_same_architecture, max_positions
 
 
 @dataclass
@@ -119,22 +120,22 @@ class LosslessGenerationMixin(GenerationMixin):
             for name in ("max_length", "min_length"):
                 if arguments.get(name) is not None:
                     arguments[name] += prompt_ids.shape[1]
-        num_layers, layers = self.config.llm_text_config.num_hidden_layers, self.config.prompt_layers
-        with record_layer_states(self._prompt_part(llm), layers, num_layers) as states:
+        reading = LayerStates(
+            self._prompt_part(llm), self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers, whole=llm
+        )
 
-            def start_drafter():
-                hidden_states = torch.cat([states[layer] for layer in layers], dim=-1)
-                return _Drafter(self, self.encode_prompt(prompt_ids, None, hidden_states).prompt_embeds)
+        def start_drafter():
+            return _Drafter(self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds)
 
-            decode = functools.partial(
-                _draft_and_verify,
-                start_drafter=start_drafter,
-                max_draft_tokens=max_draft_tokens,
-                draft_confidence=draft_confidence,
-                streamer=arguments.get("streamer"),
-            )
-            mask = torch.ones_like(prompt_ids)
-            return llm.generate(prompt_ids, attention_mask=mask, custom_generate=decode, **arguments)
+        decode = functools.partial(
+            _draft_and_verify,
+            start_drafter=start_drafter,
+            max_draft_tokens=max_draft_tokens,
+            draft_confidence=draft_confidence,
+            streamer=arguments.get("streamer"),
+        )
+        mask = torch.ones_like(prompt_ids)
+        return reading.model.generate(prompt_ids, attention_mask=mask, custom_generate=decode, **arguments)
 
     def _check_lossless(self, llm, max_draft_tokens, draft_confidence):
         if not isinstance(llm, PreTrainedModel) or not llm.can_generate():

@@ -1,4 +1,4 @@
-"""Loading the two models of a pair, recognising the LLM, cutting it at the highest layer that is read, reading layers.
+"""Loading the two models of a pair, and recognising the LLM.
 
 One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on Transformers
 4.x and 5.x.
@@ -228,72 +228,3 @@ def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
 def _sample(parameter: torch.Tensor, num_values: int) -> torch.Tensor:
     index = torch.linspace(0, parameter.numel() - 1, min(num_values, parameter.numel()), dtype=torch.float64).long()
     return parameter.detach().flatten()[index.to(parameter.device)].float().cpu()
-
-
-# --------------------------------------------------------------------------------------------------- the LLM's layers
-def find_layers(llm: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of the model's layers; raises a `ValueError` if it keeps them in no such list."""
-    for module in llm.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise ValueError(f"{type(llm).__name__} has no list of {num_layers} layers: only `llm_layer=-1` can be read.")
-
-
-def without_head(lm: PreTrainedModel) -> PreTrainedModel:
-    """What of a model gives hidden states; itself if it has no head."""
-    if lm.base_model is not lm:
-        return lm.base_model
-    return lm.model if lm.can_generate() else lm  # Gemma 3 in Transformers 4 names no base model
-
-
-def truncate(llm: PreTrainedModel, num_layers: int, depth: int) -> PreTrainedModel:
-    """A shallow copy of `llm` that shares its parameters and has only its first `depth` layers (at least one)."""
-    layers = find_layers(llm, num_layers)
-
-    def copied(module):
-        if module is layers:
-            return layers[: max(depth, 1)]
-        if not any(child is layers for child in module.modules()):
-            return module
-        clone = copy.copy(module)
-        clone._modules = {name: child and copied(child) for name, child in module._modules.items()}
-        return clone
-
-    return copied(llm)
-
-
-@contextmanager
-def record_layer_states(llm: PreTrainedModel, wanted: list[int], num_layers: int):
-    """
-    Yields a dictionary that holds, after the LLM's forward, the states of the layers in `wanted`: 0 is the input of
-    the first layer, k the output of layer k, but the last what the LLM returns, after its final norm.
-    """
-    states: dict[int, torch.Tensor] = {}
-
-    def keep_input(module, args, kwargs):
-        states[0] = args[0] if args else kwargs["hidden_states"]
-
-    def keep_output(layer):
-        def hook(module, args, output):
-            states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def keep_last(module, args, output):
-        states[num_layers] = output[0]
-
-    handles, inner = [], sorted(set(wanted) - {num_layers})
-    if num_layers in wanted:
-        handles.append(llm.register_forward_hook(keep_last))
-    if inner:
-        layers = find_layers(llm, max(max(wanted), 1))
-        for layer in inner:
-            if layer == 0:
-                handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
-            else:
-                handles.append(layers[layer - 1].register_forward_hook(keep_output(layer)))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,16 +7,19 @@ saving are in checkpoint_llm2slm.py.
 Choices made here:
 - `generate` encodes and projects the prompt once and hands `inputs_embeds` to `slm.generate`: each decoding mode,
   cache and streamer of Transformers is inherited, none is rewritten.
-- The LLM's hidden states are read by hooks on the layers asked for, so that no other layer's states are kept.
+- A call changes nothing that another thread's call may use: what has to differ, such as layers that keep their states,
+  is a shallow copy for the call (layers_llm2slm.py).
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
 on Transformers 4.x and 5.x.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
 from .decoding_llm2slm import generate_fast
 from .drafting_llm2slm import LosslessGenerationMixin
+from .layers_llm2slm import LayerStates, truncate, with_forward, with_modules, without_head
 from .loading_llm2slm import (
     fingerprint,
     is_package,
@@ -38,13 +42,10 @@ from .loading_llm2slm import (
     load_llm,
     load_slm,
     max_positions,
-    record_layer_states,
     resolve_revision,
     shared_parameter,
     slm_auto_class,
     split_gguf,
-    truncate,
-    without_head,
 )
 
 if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Transformers 4 asks no other file for any)
@@ -55,6 +56,9 @@ if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Trans
 # Prompt tokens that take as long as what a run costs besides: 32 in float32 and 45 in bfloat16, in the first 16 layers
 # of SmolLM2-135M on two cores (results/mixed_lengths.json).
 RUN_TOKENS = 32
+
+# Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
+STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
 
 
 @dataclass
@@ -264,14 +268,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
 
     def _set_llm(self, llm: PreTrainedModel):
-        """Keeps of `llm` what reads the prompt, frozen and in eval mode."""
-        self.llm = self._prompt_part(llm).requires_grad_(False).eval()
+        """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
+        reader = self._prompt_part(llm)
+        num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
+        reader = truncate(reader, num_layers, depth) if depth < num_layers else reader
+        self.llm = reader.requires_grad_(False).eval()
 
     def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
-        """What of `llm` reads the prompt, up to the highest layer asked for; it shares the parameters."""
-        llm = llm.get_encoder() if self.config.llm_config.is_encoder_decoder else without_head(llm)
-        num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
-        return truncate(llm, num_layers, depth) if depth < num_layers else llm
+        """What of `llm` returns hidden states of the prompt."""
+        return llm.get_encoder() if self.config.llm_config.is_encoder_decoder else without_head(llm)
 
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
@@ -425,15 +430,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         order = _padding_order(attention_mask, "right")
         input_ids, attention_mask = input_ids.to(self.llm.device).gather(1, order), attention_mask.gather(1, order)
         arguments = {"use_cache": False} if "use_cache" in _arguments(type(self.llm).forward) else {}
-        num_layers = self.config.llm_text_config.num_hidden_layers
+        reading = LayerStates(self.llm, self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers)
         hidden_states: Any = None
         for rows in self._rows_run_together(attention_mask):
             longest = _longest(attention_mask[rows])
-            with record_layer_states(self.llm, self.config.prompt_layers, num_layers) as states:
-                prompt = {"input_ids": input_ids[rows, :longest], "attention_mask": attention_mask[rows, :longest]}
-                self.llm(**prompt, **arguments, return_dict=True)
-            # (number of rows, longest, prompt_hidden_size)
-            row_states = torch.cat([states[layer] for layer in self.config.prompt_layers], dim=-1)
+            prompt = {"input_ids": input_ids[rows, :longest], "attention_mask": attention_mask[rows, :longest]}
+            reading.model(**prompt, **arguments, return_dict=True)
+            row_states = reading.states()  # (number of rows, longest, prompt_hidden_size)
             if hidden_states is None:
                 hidden_states = row_states.new_zeros(*input_ids.shape, row_states.shape[-1])
             hidden_states[rows, :longest] = row_states
@@ -742,9 +745,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         # 4. Decode: the SLM alone.
         if fast:
             return generate_fast(self.slm, embeds, mask, generation_config, **model_kwargs)
-        return self.slm.generate(
-            inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
-        )
+        with contextlib.nullcontext() if generation_config.cache_implementation is None else STATIC_CACHE_TURN:
+            return self.slm.generate(
+                inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- TRL's trainers
@@ -780,16 +784,19 @@ class LLM2SLMBackbone(nn.Module):
                 "`final_logits_bias` to what they give: train it with Seq2SeqTrainer."
             )
         entering = []
+        head = model.get_output_embeddings()
 
-        def keep_states(head, args):
-            entering.append(args[0])
-            return (args[0][:, :1],)  # the head itself has nothing to do
+        def keep_states(forward):
+            def keeping(states):
+                entering.append(states)
+                return forward(states[:, :1])  # the head itself has nothing to do
 
-        handle = model.get_output_embeddings().register_forward_pre_hook(keep_states)
-        try:  # the class's own forward: the trainer has replaced the model's
-            LLM2SLMForConditionalGeneration.forward(model, decoder_input_ids=decoder_input_ids, **inputs)
-        finally:
-            handle.remove()
+            return keeping
+
+        # A copy for this call whose head keeps what enters it; the class's own forward, since the trainer has replaced
+        # the model's.
+        model = with_modules(model, {head: with_forward(head, keep_states)})
+        LLM2SLMForConditionalGeneration.forward(model, decoder_input_ids=decoder_input_ids, **inputs)
         return BaseModelOutput(last_hidden_state=entering[0][:, -decoder_input_ids.shape[1] :])
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from .loading_llm2slm import without_head
+from .layers_llm2slm import without_head
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
