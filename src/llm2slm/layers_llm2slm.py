@@ -7,7 +7,6 @@ One of the files copied into every checkpoint: it imports nothing but torch and 
 4.x and 5.x.
 """
 
-import copy
 import functools
 import types
 from collections.abc import Callable
@@ -18,11 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def find_layers(llm: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of the model's layers; raises a `ValueError` if it keeps them in no such list."""
-    for module in llm.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
+def find_layers(llm: nn.Module, num_layers: int, depth: int | None = None) -> nn.ModuleList:
+    """The list of the model's layers, or of the first `depth`; raises a `ValueError` if it keeps them in no list."""
+    lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
+    for length in (num_layers, depth):
+        for module in lists:
+            if len(module) == length:
+                return module
     raise ValueError(f"{type(llm).__name__} has no list of {num_layers} layers: only `llm_layer=-1` can be read.")
 
 
@@ -59,7 +60,10 @@ def with_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> nn.
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    clone = copy.copy(module)
+    clone = object.__new__(
+        type(module)
+    )  # `copy.copy` calls `__new__`, which makes a new module of one that FSDP2 shards
+    vars(clone).update(vars(module))
     clone._compiled_call_impl = None  # what `module.compile()` made runs the module itself
     # Accelerate gives a module that it places on a device a forward of its own, which is bound to the module.
     for name in ("forward", "_old_forward"):
@@ -79,14 +83,14 @@ class LayerStates:
 
     Args:
         llm (`PreTrainedModel`):
-            What returns hidden states: an encoder, or a decoder-only model without its head; cut at the highest of
-            `layers` unless it is part of `whole`.
+            What returns hidden states: an encoder, or a decoder-only model without its head. It may be cut at the
+            highest of `layers`.
         layers (`list[int]`):
             Those to keep, in the order in which they are concatenated.
         num_layers (`int`):
-            How many layers the uncut LLM has.
+            How many layers the LLM has, uncut.
         whole (`PreTrainedModel`, *optional*):
-            The uncut model that `llm` is part of, if that is what will run.
+            The model that `llm` is part of, if that is what will run.
 
     Raises:
         ValueError: if the LLM keeps its layers in no list, and another one than the last is asked for.
@@ -97,7 +101,7 @@ class LayerStates:
         self._states: dict[int, torch.Tensor] = {}
         copies: dict[nn.Module, nn.Module] = {}
         inner = sorted(set(layers) - {num_layers})
-        modules = find_layers(llm, max(max(layers), 1) if whole is None else num_layers) if inner else []
+        modules = find_layers(llm, num_layers, depth=max(max(layers), 1)) if inner else []
         for layer in inner:  # the first module may be read before it and behind it
             module = modules[max(layer - 1, 0)]
             copies[module] = with_forward(copies.get(module, module), self._keep(layer))
