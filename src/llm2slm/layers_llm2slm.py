@@ -60,9 +60,8 @@ def with_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> nn.
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    clone = object.__new__(
-        type(module)
-    )  # `copy.copy` calls `__new__`, which makes a new module of one that FSDP2 shards
+    # `copy.copy` calls `__new__`, which makes a new module of one that FSDP2 shards.
+    clone = object.__new__(type(module))
     vars(clone).update(vars(module))
     clone._compiled_call_impl = None  # what `module.compile()` made runs the module itself
     # Accelerate gives a module that it places on a device a forward of its own, which is bound to the module.
