@@ -140,7 +140,9 @@ def read_arguments(
     return config, others
 
 
-def take_beginning(kwargs: dict[str, Any], start_token: int | list[int], vocab_size: int) -> torch.Tensor | None:
+def take_beginning(
+    kwargs: dict[str, Any], start_token: int | list[int] | None, vocab_size: int
+) -> torch.Tensor | None:
     r"""
     Takes the beginning of the response, and what a trainer passes along with a batch, out of a call's arguments.
 
@@ -148,8 +150,8 @@ def take_beginning(kwargs: dict[str, Any], start_token: int | list[int], vocab_s
         kwargs (`dict[str, Any]`):
             The call's arguments. With `labels` they are a trainer's batch, and `decoder_input_ids` of their shape were
             made from them; `Seq2SeqTrainer` tells the two apart in the same way.
-        start_token (`int` or `list[int]`):
-            `decoder_start_token_id`, or one for each row.
+        start_token (`int` or `list[int]`, *optional*):
+            What an encoder-decoder SLM's responses begin with, or one for each row.
         vocab_size (`int`):
             The SLM's.
 
@@ -187,8 +189,8 @@ def take_beginning(kwargs: dict[str, Any], start_token: int | list[int], vocab_s
             "leave out padding in a response. Continue beginnings of one length together, others in calls of their "
             "own."
         )
-    starts = _begins_with(ids, start_token)
-    if starts.any() and not starts.all():
+    starts = None if start_token is None else _begins_with(ids, start_token)
+    if starts is not None and starts.any() and not starts.all():
         raise ValueError(
             f"All rows of `decoder_input_ids` must begin with the start token, {start_token}, or none, but row "
             f"{int(starts.long().argmax())} does and row {int(starts.long().argmin())} does not."
@@ -197,7 +199,10 @@ def take_beginning(kwargs: dict[str, Any], start_token: int | list[int], vocab_s
 
 
 def without_start(ids: torch.Tensor, start_token: int) -> torch.Tensor:
-    """A checked beginning as a decoder-only SLM reads it: of shape `(batch_size, length)` or one shorter."""
+    """
+    A beginning as a decoder-only SLM reads it, of shape `(batch_size, length)`, or one shorter: a token that all rows
+    begin with, and that fills the place of a start token in `decoder_input_ids` made from labels, is left out.
+    """
     return ids[:, 1:] if _begins_with(ids, start_token).all() else ids
 
 

@@ -87,9 +87,7 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         is_encoder_decoder = self.config.slm_config.is_encoder_decoder
         max_length = kwargs.get("max_length")
         generation_config, kwargs = read_arguments(self.generation_config, generation_config, kwargs)
-        start_token = self.config.decoder_start_token_id
-        if is_encoder_decoder and generation_config.decoder_start_token_id is not None:
-            start_token = generation_config.decoder_start_token_id
+        start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
         beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
         # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
         tokenizer = kwargs.pop("tokenizer", None)
@@ -110,7 +108,9 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         elif not is_encoder_decoder:
             num_begun = 0
             if beginning is not None:
-                kwargs["input_ids"] = begun = without_start(beginning, start_token).to(embeds.device)
+                kwargs["input_ids"] = begun = without_start(beginning, self.config.decoder_start_token_id).to(
+                    embeds.device
+                )
                 num_begun = begun.shape[1]
                 begun_embeds = self.slm.get_input_embeddings()(begun).to(embeds.dtype)  # (batch, num_begun, hidden)
                 embeds, mask = (
