@@ -120,6 +120,7 @@ def test_a_pushed_repository_is_complete(tmp_path):
         found = run(hub, tmp_path / "push", FILES)
     assert {
         "README.md",
+        "arguments_llm2slm.py",
         "beams_llm2slm.py",
         "checkpoint_llm2slm.py",
         "config.json",
@@ -127,6 +128,7 @@ def test_a_pushed_repository_is_complete(tmp_path):
         "decoding_llm2slm.py",
         "drafting_llm2slm.py",
         "generation_config.json",
+        "generation_llm2slm.py",
         "llm_tokenizer/tokenizer.json",
         "llm_tokenizer/tokenizer_config.json",
         "loading_llm2slm.py",

@@ -10,8 +10,8 @@ Choices made here:
   four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
-One of the files copied into every checkpoint: it imports nothing but torch, transformers and another of them, and
-works on Transformers 4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
+on Transformers 4.x and 5.x.
 """
 
 import collections
@@ -35,6 +35,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from .arguments_llm2slm import SPECIAL_TOKENS
 from .beams_llm2slm import search_beams
 
 logger = logging.get_logger(__name__)
@@ -129,7 +130,14 @@ def _why_plain(slm, generation_config, kwargs) -> str | None:
         return "`return_dict_in_generate=True`"
     if generation_config.use_cache is False or generation_config.cache_implementation is not None:
         return "`use_cache=False` and `cache_implementation`"
-    if unknown := sorted(set(kwargs) - set(inspect.signature(slm.generate).parameters)):
+    if generation_config.compile_config is not None or generation_config.disable_compile:
+        return "`compile_config` and `disable_compile`, as it compiles in its own way"
+    if kwargs.get("custom_generate") is not None:
+        return "`custom_generate`"
+    if kwargs.get("streamer") is not None and mode in BEAMS:
+        return "a streamer of beams"
+    known = {*inspect.signature(slm.generate).parameters, *SPECIAL_TOKENS, "decoder_input_ids", "input_ids"}
+    if unknown := sorted(set(kwargs) - known):
         return f"arguments for the SLM's forward, {unknown}"
     if kwargs.get("synced_gpus") or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(slm):
         return "a model sharded over processes"

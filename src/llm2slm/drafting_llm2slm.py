@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import ModelOutput
 
+from .arguments_llm2slm import stop_at_strings
 from .layers_llm2slm import LayerStates
 from .loading_llm2slm import check_same_architecture, max_positions
 
@@ -161,20 +161,50 @@ class LosslessGenerationMixin(GenerationMixin):
             raise ValueError(f"`draft_confidence` must be from 0 to 1, got {draft_confidence!r}.")
 
 
-# What the caller cannot ask for: no other way of decoding, and nothing in the output but ids and counts.
-_GREEDY = {
+# What the caller cannot ask for, and the value it has: no other way of decoding, and nothing in the output but ids and
+# counts.
+_GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
+    "num_beam_groups": 1,
     "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
     "assistant_model": None,
+    "assistant_early_exit": None,
+    "assistant_ensemble_weight": None,
+    "is_assistant": False,
     "prompt_lookup_num_tokens": None,
+    "speculation_type": None,
+    "use_mtp": False,
     "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
     "output_scores": False,
     "output_logits": False,
     "output_attentions": False,
     "output_hidden_states": False,
 }
-_CALL = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer")
+# What a loop with a cache of its own has no place for.
+_OWN_LOOP: dict[str, Any] = {
+    "cache_implementation": None,
+    "cache_config": None,
+    "max_cache_len": None,
+    "return_legacy_cache": None,
+    "prefill_chunk_size": None,
+    "token_healing": False,
+    "compile_config": None,
+    "continuous_batching_config": None,
+}
+_CALL = (
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "tokenizer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 
 
 def _generate_arguments(generation_config, kwargs) -> dict[str, Any]:
@@ -182,23 +212,32 @@ def _generate_arguments(generation_config, kwargs) -> dict[str, Any]:
     arguments = {} if generation_config is None else generation_config.to_diff_dict()
     arguments.pop("transformers_version", None)
     arguments |= kwargs
-    known = {*vars(GenerationConfig()), *_GREEDY, *_CALL}
+    known = {*vars(GenerationConfig()), *_GREEDY, *_OWN_LOOP, *_CALL}
     if unknown := sorted(set(arguments) - known):
         raise TypeError(f"`generate_lossless` got unexpected arguments: {unknown}.")
-    if wrong := {name: arguments[name] for name, need in _GREEDY.items() if arguments.get(name) not in (None, need)}:
-        asked = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+    if asked := _other_than(_GREEDY, arguments):
         raise ValueError(
             f"Lossless mode writes the LLM's greedy response, one, and returns its ids and counts; got {asked}."
         )
-    if arguments.get("stop_strings") is not None and arguments.get("tokenizer") is not None:
-        tokenizer = getattr(arguments["tokenizer"], "llm_tokenizer", arguments["tokenizer"])
-        criteria = [*(arguments.get("stopping_criteria") or [])]
-        criteria.append(StopStringCriteria(tokenizer, arguments.pop("stop_strings")))
-        arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-    arguments.pop("tokenizer", None)
+    if asked := _other_than(_OWN_LOOP, arguments):
+        raise ValueError(
+            f"Lossless mode reads the prompt as it is and has a loop and a cache of its own, got {asked}."
+        )
+    tokenizer = arguments.pop("tokenizer", None)
+    if arguments.get("stop_strings") is not None and tokenizer is not None:
+        tokenizer = getattr(tokenizer, "llm_tokenizer", tokenizer)
+        strings = arguments.pop("stop_strings")
+        arguments["stopping_criteria"] = stop_at_strings(strings, tokenizer, arguments.get("stopping_criteria"))
+    arguments = {name: value for name, value in arguments.items() if name not in _GREEDY | _OWN_LOOP}
     arguments |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     # The loop below has a cache of its own, which can be cropped whatever the LLM's windows are.
     return arguments | {"use_cache": False, "cache_implementation": None}
+
+
+def _other_than(values, arguments) -> str:
+    """Those of `arguments` that are neither `None` nor what `values` says."""
+    asked = {name: arguments[name] for name, value in values.items() if arguments.get(name) not in (None, value)}
+    return ", ".join(f"{name}={value!r}" for name, value in asked.items())
 
 
 def _draft_and_verify(

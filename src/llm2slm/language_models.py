@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .arguments_llm2slm import stop_at_strings
 from .cli.main import device, load_checkpoint
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .tokenization_llm2slm import LLM2SLMTokenizer
@@ -233,8 +233,7 @@ def write_responses(model, tokenizer, batch: dict[str, torch.Tensor], stop: str 
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     stopping = {}
     if stop is not None:
-        criteria = StopStringCriteria(tokenizer.slm_tokenizer, [stop])
-        stopping["stopping_criteria"] = StoppingCriteriaList([criteria])
+        stopping["stopping_criteria"] = stop_at_strings([stop], tokenizer.slm_tokenizer)
     ids = model.generate(**inputs, **stopping)
     is_llm2slm = model.config.model_type == "llm2slm"
     writer = model.config.slm_config if is_llm2slm else model.config

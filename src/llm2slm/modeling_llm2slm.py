@@ -1,12 +1,10 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model (SLM) writes the response.
 
 Method: Bergner et al., "Think Big, Generate Quick: LLM-to-SLM for Fast Autoregressive Decoding" (arXiv 2402.16844).
-The file reads top to bottom: output, projector, the model (build, encode, forward, generate), helpers. Loading and
-saving are in checkpoint_llm2slm.py.
+The file reads top to bottom: output, projector, the model (build, encode, forward), helpers. Loading and saving are in
+checkpoint_llm2slm.py, `generate` is in generation_llm2slm.py.
 
 Choices made here:
-- `generate` encodes and projects the prompt once and hands `inputs_embeds` to `slm.generate`: each decoding mode,
-  cache and streamer of Transformers is inherited, none is rewritten.
 - A call changes nothing that another thread's call may use: what has to differ, such as layers that keep their states,
   is a shallow copy for the call (layers_llm2slm.py).
 
@@ -14,26 +12,23 @@ One of the files copied into every checkpoint: it imports nothing but torch, tra
 on Transformers 4.x and 5.x.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
 import os
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 
+from .arguments_llm2slm import PROMPT_AND_RESPONSE, check_response, num_prompts, only_special_tokens
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
-from .decoding_llm2slm import generate_fast
-from .drafting_llm2slm import LosslessGenerationMixin
+from .generation_llm2slm import LLM2SLMGenerationMixin
 from .layers_llm2slm import LayerStates, truncate, with_forward, with_modules, without_head
 from .loading_llm2slm import (
     fingerprint,
@@ -50,15 +45,14 @@ from .loading_llm2slm import (
 
 if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Transformers 4 asks no other file for any)
     from .beams_llm2slm import search_beams  # noqa: F401
+    from .decoding_llm2slm import generate_fast  # noqa: F401
+    from .drafting_llm2slm import LosslessGenerationMixin  # noqa: F401
     from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline  # noqa: F401
     from .tokenization_llm2slm import LLM2SLMTokenizer  # noqa: F401
 
 # Prompt tokens that take as long as what a run costs besides: 32 in float32 and 45 in bfloat16, in the first 16 layers
 # of SmolLM2-135M on two cores (results/mixed_lengths.json).
 RUN_TOKENS = 32
-
-# Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
-STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
 
 
 @dataclass
@@ -131,7 +125,7 @@ class LLM2SLMProjector(nn.Module):
         return embeds
 
 
-class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGenerationMixin, GenerationMixin):
+class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin, GenerationMixin):
     """
     A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
 
@@ -156,9 +150,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             self.prompt_token_map = torch.full((config.llm_text_config.vocab_size,), -1, dtype=torch.int32)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
         # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        own = self.slm.generation_config
-        self.slm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in tokens})
+        self.slm.generation_config = only_special_tokens(self.slm.generation_config)
         self.post_init()
         self._skip_llm_when_saving()
 
@@ -578,16 +570,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
-        prompts = (prompt_embeds, prompt_hidden_states, input_ids)
-        num_prompts = next((len(prompt) for prompt in prompts if prompt is not None), None)
+        rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
         if labels is not None:
-            _check_response("labels", labels, num_prompts)
+            check_response("labels", labels, rows)
             self._check_labels(labels)
             if decoder_attention_mask is None:
                 decoder_attention_mask = response_mask(labels)
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        _check_response("decoder_input_ids", decoder_input_ids, num_prompts)
+        check_response("decoder_input_ids", decoder_input_ids, rows)
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
@@ -620,7 +611,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         response_embeds = self.slm.get_input_embeddings()(response_ids).to(prompt_embeds.dtype)
         inputs_embeds = torch.cat([prompt_embeds, response_embeds], dim=1)  # (batch, prompt + response - 1, hidden)
         mask = torch.cat([prompt_mask, response_mask.to(prompt_mask)], dim=1)
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(mask), _PROMPT_AND_RESPONSE)
+        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(mask), PROMPT_AND_RESPONSE)
         arguments = _arguments(type(self.slm).forward)
         optional = dict(outputs_wanted)
         if "position_ids" in arguments:
@@ -664,90 +655,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             raise ValueError(
                 f"`labels` must be ids of the SLM's tokenizer, from 0 to {self.config.vocab_size - 1}, or -100; found "
                 f"{lowest if lowest < 0 else highest}."
-            )
-
-    # ------------------------------------------------------------------------------------------------------ generate
-    def _prepare_model_inputs(self, *args, **kwargs):
-        # `generate` below has no use for it: only an LLM's `generate` with this model as its assistant comes here.
-        raise ValueError(
-            "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written so "
-            "far for a new prompt and draft nonsense. To draft for its LLM, call `model.generate_lossless(..., "
-            "llm=llm)` on it in place of `llm.generate(..., assistant_model=model)`."
-        )
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config=None,
-        *,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        prompt_hidden_states: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        fast: bool = False,
-        **kwargs,
-    ):
-        r"""
-        Writes the response: encodes and projects the prompt exactly once, the SLM does the rest. Takes every argument
-        of [`~transformers.GenerationMixin.generate`].
-
-        Args:
-            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
-                Same as `input_ids`.
-            input_ids, attention_mask, prompt_hidden_states:
-                The prompt, as in `encode_prompt`.
-            prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
-                An encoded prompt, from `encode_prompt`: many calls, one encode.
-            fast (`bool`, *optional*, defaults to `False`):
-                Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens in a fraction
-                of the time, on CPU for up to 8 responses or beams at a time (4 in bfloat16 where the CPU has matrix
-                units for it). The first call takes some 20 seconds to compile (a few where the compiler's cache on
-                disk serves), as does the first of more than one response or beam. It needs what `torch.compile` needs
-                (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a note.
-
-        Returns:
-            The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`.
-            An encoder-decoder SLM's begin with its start token, as everywhere in Transformers. `max_length` and
-            `max_new_tokens` both mean the response.
-
-        Raises:
-            ValueError: for an invalid prompt (see `encode_prompt`), and if the model is used as the `assistant_model`
-                of a decoder-only LLM.
-        """
-        # 1. One generation config: the call's arguments, then the given config, then this model's.
-        given, generation_config = generation_config, copy.deepcopy(self.generation_config)
-        if given is not None:
-            changes = given.to_diff_dict()
-            changes.pop("transformers_version", None)
-            generation_config.update(**changes)
-        model_kwargs = generation_config.update(**kwargs)
-        # 2. The Trainer passes the whole batch; the response is what is asked for here.
-        for name in ("labels", "shift_labels", "decoder_input_ids", "decoder_attention_mask"):
-            model_kwargs.pop(name, None)
-        # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
-        tokenizer = model_kwargs.pop("tokenizer", None)
-        if generation_config.stop_strings is not None and tokenizer is not None:
-            tokenizer = getattr(tokenizer, "slm_tokenizer", tokenizer)
-            criteria = [*(model_kwargs.get("stopping_criteria") or [])]
-            criteria.append(StopStringCriteria(tokenizer, generation_config.stop_strings))
-            model_kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-            generation_config.stop_strings = None
-        # 3. Prompt phase: the only place where the LLM runs.
-        input_ids = inputs if input_ids is None else input_ids
-        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
-        if not self.config.slm_config.is_encoder_decoder:
-            if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
-                mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
-            _lengths_mean_the_response(generation_config)
-            length = _longest(mask) + (generation_config.max_new_tokens or 0)
-            self._check_positions("SLM", self.config.slm_config.get_text_config(), length, _PROMPT_AND_RESPONSE)
-        # 4. Decode: the SLM alone.
-        if fast:
-            return generate_fast(self.slm, embeds, mask, generation_config, **model_kwargs)
-        with contextlib.nullcontext() if generation_config.cache_implementation is None else STATIC_CACHE_TURN:
-            return self.slm.generate(
-                inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
             )
 
 
@@ -846,17 +753,6 @@ def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
     return token_map
 
 
-def _check_response(name, ids, num_prompts):
-    if ids is None:
-        raise ValueError("Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`.")
-    if ids.ndim != 2 or ids.shape[1] == 0 or (num_prompts is not None and len(ids) != num_prompts):
-        batch_size = "batch_size" if num_prompts is None else num_prompts
-        raise ValueError(
-            f"`{name}` must have shape ({batch_size}, response_length), one row for each prompt, got "
-            f"{tuple(ids.shape)}."
-        )
-
-
 def response_mask(labels: torch.Tensor) -> torch.Tensor:
     """The `decoder_attention_mask` of `labels`: position i is fed label i - 1, the first the start token."""
     return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
@@ -886,9 +782,6 @@ def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, order[:, :, None].expand(-1, -1, tensor.shape[-1]))
 
 
-_PROMPT_AND_RESPONSE = "prompt and the response have"
-
-
 def _position_ids(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -900,14 +793,6 @@ def _response_loss(logits, labels, num_items_in_batch):
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction
     )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def _lengths_mean_the_response(generation_config):
-    """With `inputs_embeds` a decoder-only `generate` counts the prompt in `max_length` and `min_length`."""
-    if generation_config.max_new_tokens is None and generation_config.max_length is not None:
-        generation_config.max_new_tokens, generation_config.max_length = generation_config.max_length, None
-    if generation_config.min_new_tokens is None and generation_config.min_length:
-        generation_config.min_new_tokens, generation_config.min_length = generation_config.min_length, None
 
 
 @torch.no_grad()

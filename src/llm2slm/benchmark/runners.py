@@ -17,12 +17,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    GenerationConfig,
     LogitsProcessor,
     PreTrainedModel,
 )
 
 from .. import LLM2SLMForConditionalGeneration
+from ..arguments_llm2slm import only_special_tokens
 from ..cli.main import device, load_checkpoint
 from ..loading_llm2slm import load_slm, split_gguf
 from .random_models import SHAPES, load_config
@@ -121,14 +121,13 @@ def _load(name: str, args, **kwargs) -> PreTrainedModel:
 
 def _forget_generation_settings(model) -> None:
     """Leaves nothing but the special tokens of a checkpoint's generation configuration."""
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    special = {name: getattr(model.generation_config, name) for name in names}
-    if special["eos_token_id"] is None:  # some token has to be the one that is ruled out
-        special["eos_token_id"] = 0
-    if special["pad_token_id"] is None:
-        eos = special["eos_token_id"]
-        special["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    model.generation_config = GenerationConfig(**special)
+    config = only_special_tokens(model.generation_config)
+    if config.eos_token_id is None:  # some token has to be the one that is ruled out
+        config.eos_token_id = 0
+    if config.pad_token_id is None:
+        eos = config.eos_token_id
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    model.generation_config = config
 
 
 def _check_lengths(name: str, config, args) -> None:

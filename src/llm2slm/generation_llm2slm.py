@@ -1,0 +1,141 @@
+"""`generate`: the prompt is encoded and projected once, then the SLM writes.
+
+Choices made here:
+- `generate` hands `inputs_embeds` to `slm.generate`: each decoding mode, cache and streamer of Transformers is
+  inherited, none is rewritten.
+- What the arguments ask for, and which of them are refused, is in arguments_llm2slm.py.
+
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
+on Transformers 4.x and 5.x.
+"""
+
+import contextlib
+import threading
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from .arguments_llm2slm import (
+    PROMPT_AND_RESPONSE,
+    check_response,
+    count_from_the_response,
+    num_prompts,
+    read_arguments,
+    refuse_what_cannot_be_had,
+    stop_at_strings,
+    take_beginning,
+    without_start,
+)
+from .decoding_llm2slm import generate_fast
+from .drafting_llm2slm import LosslessGenerationMixin
+
+# Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
+STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
+
+
+class LLM2SLMGenerationMixin(LosslessGenerationMixin):
+    """Gives [`LLM2SLMForConditionalGeneration`] its `generate` and its lossless mode."""
+
+    def _prepare_model_inputs(self, *args, **kwargs):
+        # `generate` below has no use for it: only an LLM's `generate` with this model as its assistant comes here.
+        raise ValueError(
+            "An LLM-to-SLM model cannot be passed directly as `assistant_model`: it would take the text written so "
+            "far for a new prompt and draft nonsense. To draft for its LLM, call `model.generate_lossless(..., "
+            "llm=llm)` on it in place of `llm.generate(..., assistant_model=model)`."
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config=None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_hidden_states: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        fast: bool = False,
+        **kwargs,
+    ):
+        r"""
+        Writes the response: encodes and projects the prompt exactly once, the SLM does the rest. Takes the arguments
+        of [`~transformers.GenerationMixin.generate`]; docs/generation.md lists the few that are refused, and why.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
+                Same as `input_ids`.
+            input_ids, attention_mask, prompt_hidden_states:
+                The prompt, as in `encode_prompt`.
+            prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
+                An encoded prompt, from `encode_prompt`: many calls, one encode.
+            fast (`bool`, *optional*, defaults to `False`):
+                Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens in a fraction
+                of the time, on CPU for up to 8 responses or beams at a time (4 in bfloat16 where the CPU has matrix
+                units for it). The first call takes some 20 seconds to compile (a few where the compiler's cache on
+                disk serves), as does the first of more than one response or beam. It needs what `torch.compile` needs
+                (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a note.
+            kwargs:
+                Further arguments. `decoder_input_ids` of shape `(batch_size, length)` are the beginning of the
+                response, which is continued; with `labels`, as a trainer passes them, they are left out if they are
+                of one shape. With `stop_strings` pass the `tokenizer`.
+
+        Returns:
+            The response's ids, of shape `(batch_size * num_return_sequences, response_length)`, or a `ModelOutput`,
+            with what `decoder_input_ids` began. An encoder-decoder SLM's begin with its start token, as everywhere in
+            Transformers, a decoder-only SLM's without. `max_length` and `max_new_tokens` both mean the response, the
+            latter what is added to its beginning.
+
+        Raises:
+            ValueError: for an invalid prompt (see `encode_prompt`), an argument that is unknown or cannot be honoured,
+                and if the model is used as the `assistant_model` of a decoder-only LLM.
+        """
+        # 1. What is asked for; what cannot be had is refused before the LLM runs.
+        is_encoder_decoder = self.config.slm_config.is_encoder_decoder
+        max_length = kwargs.get("max_length")
+        generation_config, kwargs = read_arguments(self.generation_config, generation_config, kwargs)
+        start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
+        beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
+        # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
+        tokenizer = kwargs.pop("tokenizer", None)
+        if generation_config.stop_strings is not None and tokenizer is not None:
+            strings, generation_config.stop_strings = generation_config.stop_strings, None
+            tokenizer = getattr(tokenizer, "slm_tokenizer", tokenizer)
+            kwargs["stopping_criteria"] = stop_at_strings(strings, tokenizer, kwargs.get("stopping_criteria"))
+        refuse_what_cannot_be_had(generation_config, kwargs, self.slm, self.config.decoder_start_token_id)
+        # 2. Prompt phase: the only place where the LLM runs.
+        input_ids = inputs if input_ids is None else input_ids
+        if beginning is not None:
+            rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
+            check_response("decoder_input_ids", beginning, rows)
+        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        # 3. The beginning of the response. A decoder-only SLM reads it behind the prompt.
+        if is_encoder_decoder and beginning is not None:
+            kwargs["decoder_input_ids"] = beginning.to(embeds.device)
+        elif not is_encoder_decoder:
+            num_begun = 0
+            if beginning is not None:
+                kwargs["input_ids"] = begun = without_start(beginning, self.config.decoder_start_token_id).to(
+                    embeds.device
+                )
+                num_begun = begun.shape[1]
+                begun_embeds = self.slm.get_input_embeddings()(begun).to(embeds.dtype)  # (batch, num_begun, hidden)
+                embeds, mask = (
+                    torch.cat([embeds, begun_embeds], dim=1),
+                    nn.functional.pad(mask, (0, num_begun), value=1),
+                )
+            if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
+                mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
+            count_from_the_response(generation_config, kwargs, num_begun, max_length, embeds.device)
+            length = int(mask.sum(dim=1).max()) + (generation_config.max_new_tokens or 0)
+            self._check_positions("SLM", self.config.slm_config.get_text_config(), length, PROMPT_AND_RESPONSE)
+        # 4. Decode: the SLM alone.
+        if fast:
+            return generate_fast(self.slm, embeds, mask, generation_config, **kwargs)
+        with contextlib.nullcontext() if generation_config.cache_implementation is None else STATIC_CACHE_TURN:
+            return self.slm.generate(
+                inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **kwargs
+            )
+
+
+__all__ = ["LLM2SLMGenerationMixin"]
