@@ -14,6 +14,7 @@ from .loading_llm2slm import (
     check_fingerprint,
     check_loading_info,
     check_same_architecture,
+    compute_device,
     load_llm,
     split_gguf,
     sub_device_map,
@@ -132,8 +133,8 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         self._set_llm(llm)
         if check and self.config.llm_fingerprint:
             check_fingerprint(self.llm, self.config.llm_fingerprint, source)
-        if "device_map" not in llm_kwargs and self.llm.device != self.device:
-            self.llm.to(self.device)
+        if "device_map" not in llm_kwargs and self.llm.device != (device := compute_device(self.projector)):
+            self.llm.to(device)
         self._skip_llm_when_saving()
         return self
 

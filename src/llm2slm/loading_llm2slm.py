@@ -44,7 +44,8 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     name, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
-    return slm_auto_class(config).from_pretrained(name, **kwargs)
+    auto_class = slm_auto_class(config)
+    return auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
 
 
 def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, transformers.PretrainedConfig]:
@@ -57,8 +58,10 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     kwargs |= _gguf_kwargs(gguf_file)
     if config is None:
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
+    auto_class = llm_auto_class(config)
+    kwargs = _disk_kwargs(auto_class, config, kwargs)
     with _quiet():  # the head's weights are unexpected, and not wanted
-        llm, info = llm_auto_class(config).from_pretrained(
+        llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     check_loading_info({**info, "unexpected_keys": []}, f"The LLM's weights in {str(name)!r}")
@@ -68,6 +71,15 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
 def _config_kwargs(kwargs):
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _disk_kwargs(auto_class, config, kwargs) -> dict:
+    """Spells out a device map that keeps the whole model on disk: Transformers 4 takes "disk" for a torch device."""
+    if kwargs.get("device_map") != {"": "disk"}:
+        return kwargs
+    with torch.device("meta"):
+        model = auto_class.from_config(copy.deepcopy(config))
+    return {**kwargs, "device_map": {name: "disk" for name, _ in model.named_children()}}
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:
@@ -165,6 +177,44 @@ def max_positions(config) -> int | None:
     return limit - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else limit
 
 
+# ------------------------------------------------------------------------------------- parameters that lie elsewhere
+def compute_device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate keeps the parameters of an offloaded one elsewhere between two calls."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether some parameters are on disk, or in the memory of another device than the one that computes."""
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
+@contextmanager
+def onloaded(module: nn.Module):
+    """Within it, the module's own parameters hold their data, as in its forward, wherever accelerate keeps them."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield module
+        return
+    hook.pre_forward(module)
+    try:
+        yield module
+    finally:
+        hook.post_forward(module, None)
+
+
+def is_packed(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds quantized weights: their dtype is how they are stored, not what is computed in."""
+    return not parameter.is_floating_point() or parameter.element_size() == 1
+
+
 # ------------------------------------------------------------------------------------------------- is it the right LLM
 def check_loading_info(info, what):
     """Raises a `ValueError` if a `from_pretrained` left weights out or had to make some up."""
@@ -199,11 +249,10 @@ def fingerprint(llm: nn.Module, num_tensors: int = 16, num_values: int = 8) -> d
     Some weights of the LLM, evenly spaced over its floating-point parameters, as hexadecimal bfloat16. Sampled values
     rather than a hash, so that the same weights in another dtype are recognised.
     """
-    parameters = {name: p for name, p in sorted(llm.named_parameters()) if p.is_floating_point() and p.numel()}
-    names = list(parameters)
+    names = [name for name, p in sorted(llm.named_parameters()) if not is_packed(p) and p.numel()]
     chosen = [names[i * len(names) // num_tensors] for i in range(num_tensors)] if len(names) > num_tensors else names
     return {
-        name: bytes(_sample(parameters[name], num_values).to(torch.bfloat16).view(torch.uint8).tolist()).hex()
+        name: bytes(_sample(llm, name, num_values).to(torch.bfloat16).view(torch.uint8).tolist()).hex()
         for name in chosen
     }
 
@@ -213,9 +262,9 @@ def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
     parameters = dict(llm.named_parameters())
     for name, expected_hex in fingerprint.items():
         expected = torch.tensor(list(bytes.fromhex(expected_hex)), dtype=torch.uint8).view(torch.bfloat16).float()
-        if name in parameters and not parameters[name].is_floating_point():
-            continue  # quantized
-        found = _sample(parameters[name], len(expected)) if name in parameters else None
+        if name in parameters and is_packed(parameters[name]):
+            continue
+        found = _sample(llm, name, len(expected)) if name in parameters else None
         # Two roundings to bfloat16 (8 bits) apart at most; float16 has nothing below 6e-8.
         if found is None or not torch.allclose(found, expected, rtol=2**-7, atol=1e-7):
             raise ValueError(
@@ -225,9 +274,12 @@ def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
 
 
 @torch.no_grad()
-def _sample(parameter: torch.Tensor, num_values: int) -> torch.Tensor:
-    index = torch.linspace(0, parameter.numel() - 1, min(num_values, parameter.numel()), dtype=torch.float64).long()
-    return parameter.detach().flatten()[index.to(parameter.device)].float().cpu()
+def _sample(model: nn.Module, name: str, num_values: int) -> torch.Tensor:
+    module_name, _, leaf = name.rpartition(".")
+    with onloaded(model.get_submodule(module_name)) as module:
+        values = getattr(module, leaf).detach().flatten()
+        index = torch.linspace(0, values.numel() - 1, min(num_values, values.numel()), dtype=torch.float64).long()
+        return values[index.to(values.device)].float().cpu()
 
 
 # --------------------------------------------------------------------------------------------------- the LLM's layers

@@ -32,6 +32,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .decoding_llm2slm import generate_fast
 from .drafting_llm2slm import LosslessGenerationMixin
 from .loading_llm2slm import (
+    compute_device,
     fingerprint,
     is_package,
     llm_auto_class,
@@ -114,7 +115,8 @@ class LLM2SLMProjector(nn.Module):
 
     def forward(self, prompt_hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch_size, prompt_length, prompt_hidden_size)` to `(batch_size, prompt_length, slm_hidden_size)`."""
-        states = prompt_hidden_states.to(self.out.weight.dtype).split(self.llm_hidden_size, dim=-1)
+        # A quantized weight's dtype is how it is stored; a bias is never quantized.
+        states = prompt_hidden_states.to(self.out.bias.dtype).split(self.llm_hidden_size, dim=-1)
         embeds = states[: self.num_layers]
         if self.norms is not None:
             embeds = [norm(layer_states) for norm, layer_states in zip(self.norms, embeds, strict=True)]
@@ -140,6 +142,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
     # ----------------------------------------------------------------------------------------------------- building
     def __init__(self, config: LLM2SLMConfig, llm: PreTrainedModel | None = None, slm: PreTrainedModel | None = None):
         super().__init__(config)
+        if getattr(config, "quantization_config", None) is not None:  # small, and all that the SLM learns of the LLM
+            self._keep_in_fp32_modules = [*(self._keep_in_fp32_modules or ()), "projector"]
         self.register_module("llm", None)
         if llm is None and (config.include_llm or config.llm_name_or_path is None):
             # T5's encoder class changes the configuration it is given.
@@ -246,7 +250,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             model.prompt_token_map.copy_(token_map)
         config.llm_fingerprint = fingerprint(model.llm)
         model.generation_config = generation_config
-        model.projector.to(slm.get_input_embeddings().weight.device, slm.dtype)
+        model.projector.to(compute_device(slm.get_input_embeddings()), slm.dtype)
         model._match_embedding_scale()
         return model.eval()
 
@@ -254,12 +258,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
     def _match_embedding_scale(self):
         """Gives projections the standard deviation of the SLM's own embeddings, which it was pretrained on."""
         embeddings = self.slm.get_input_embeddings()
-        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=embeddings.weight.device)
+        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=compute_device(embeddings))
         std = self._embed_with_slm(ids).float().std().item()
         _init_linear(self.projector.out, output_std=std)
         if self.projector.llm_embeddings is not None:
             llm_embeddings = self.llm.get_input_embeddings()
-            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=llm_embeddings.weight.device)
+            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=compute_device(llm_embeddings))
             llm_std = llm_embeddings(ids).float().std().item()
             _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
 
@@ -371,10 +375,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             )
             if adds_own_embeddings:
                 self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask)
-        device = self.projector.out.weight.device
+        device = compute_device(self.projector)
         attention_mask = attention_mask.to(device).long()
         # (batch_size, prompt_length, slm_hidden_size)
         prompt_embeds = self.projector(prompt_hidden_states.to(device))
+        if self.projector.out.bias.dtype != self.slm.dtype:  # the projector of a quantized model is not
+            prompt_embeds = prompt_embeds.to(self.slm.dtype)
         if adds_own_embeddings:
             prompt_embeds = prompt_embeds + self._embed_prompt(input_ids, attention_mask)
         return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
@@ -421,9 +427,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if self.llm is None:
             raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
-        attention_mask = attention_mask.to(self.llm.device)
+        attention_mask = attention_mask.to(compute_device(self.llm))
         order = _padding_order(attention_mask, "right")
-        input_ids, attention_mask = input_ids.to(self.llm.device).gather(1, order), attention_mask.gather(1, order)
+        input_ids, attention_mask = input_ids.to(order.device).gather(1, order), attention_mask.gather(1, order)
         arguments = {"use_cache": False} if "use_cache" in _arguments(type(self.llm).forward) else {}
         num_layers = self.config.llm_text_config.num_hidden_layers
         hidden_states: Any = None
@@ -444,7 +450,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         The rows of a batch in one or more runs of the LLM. On a CPU, padding takes as long as text does, so rows of
         other lengths are worth a run of their own when they save `RUN_TOKENS` of padding; a GPU takes them at once.
         """
-        if self.llm.device.type != "cpu":
+        if attention_mask.device.type != "cpu":
             return [list(range(len(attention_mask)))]
         lengths = attention_mask.sum(dim=1).tolist()
         rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
