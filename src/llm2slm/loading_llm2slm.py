@@ -5,7 +5,9 @@ One of the files copied into every checkpoint: it imports nothing but torch and 
 """
 
 import copy
+import functools
 import os
+import types
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -309,6 +311,9 @@ def truncate(llm: PreTrainedModel, num_layers: int, depth: int) -> PreTrainedMod
             return module
         clone = copy.copy(module)
         clone._modules = {name: child and copied(child) for name, child in module._modules.items()}
+        if "_old_forward" in vars(module):  # accelerate's, around the forward of the module it was made for
+            clone._old_forward = types.MethodType(module._old_forward.__func__, clone)
+            clone.forward = functools.partial(module.forward.func, clone)
         return clone
 
     return copied(llm)

@@ -155,6 +155,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if config.maps_prompt_tokens:
             self.prompt_token_map = torch.full((config.llm_text_config.vocab_size,), -1, dtype=torch.int32)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        config.slm_config = self.slm.config  # one object: what changes the SLM is said of the pair
         # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         own = self.slm.generation_config
@@ -320,9 +321,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                     f"With a tokenizer shared with the LLM the SLM's vocabulary must have at least {lowest}"
                     f"{'' if highest is None else f' and at most {highest}'} tokens, got {new_num_tokens}."
                 )
-        embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.slm_config = self.slm.config
-        return embeddings
+        return self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def get_decoder(self):
         """The SLM's decoder."""
