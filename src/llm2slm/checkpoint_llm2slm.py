@@ -206,6 +206,11 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                     f"The LLM's vocabulary was resized from {expected} to {found} tokens, but it is frozen, and what "
                     "the checkpoint names is the LLM as it was. Resize it first, then compose the pair with it."
                 )
+        if self.config.maps_prompt_tokens != (self.prompt_token_map is not None):
+            raise ValueError(
+                f"The SLM's vocabulary was resized to {self.config.vocab_size} tokens, which does not go with a "
+                "tokenizer shared with the LLM. Resize it with the pair's own `resize_token_embeddings`, which checks."
+            )
         if getattr(self, "hf_quantizer", None) is not None:
             return
         for name, part in self._stored_parts().items():

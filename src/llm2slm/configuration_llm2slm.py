@@ -23,6 +23,19 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+# The SLM writes the response: what its tokens are is said once, in its own configuration.
+SLM_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
+
+
+def _slm_token(name: str) -> property:
+    def get(config):
+        return getattr(config.slm_config, name, None)
+
+    def set_(config, value):
+        if value != get(config):
+            setattr(config.slm_config, name, value)
+
+    return property(get, set_, doc=f"The SLM's `{name}`.")
 
 
 class LLM2SLMConfig(PretrainedConfig):
@@ -118,14 +131,8 @@ class LLM2SLMConfig(PretrainedConfig):
         self.include_llm = include_llm
         self._validate_choices()
 
-        # Transformers 5 no longer gives these attributes a default: they are the SLM's, which writes the response.
-        slm = self.slm_config
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
-            kwargs.setdefault(name, getattr(slm, name, None))
-        if kwargs["decoder_start_token_id"] is None:
-            # A decoder-only SLM starts from the prompt's last position; this id only fills the place by convention.
-            candidates = (kwargs["bos_token_id"], kwargs["pad_token_id"], 0)
-            kwargs["decoder_start_token_id"] = next(token for token in candidates if token is not None)
+        for name in SLM_TOKENS:  # given or not, they are the SLM's
+            kwargs.setdefault(name, getattr(self, name))
         kwargs.setdefault("is_encoder_decoder", True)
         kwargs.setdefault("tie_word_embeddings", False)  # the sub-models tie their own
         super().__init__(**kwargs)
@@ -170,6 +177,25 @@ class LLM2SLMConfig(PretrainedConfig):
     def format_prompt(self, text: str) -> str:
         """The text as the model was trained to read it."""
         return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
+
+    pad_token_id = _slm_token("pad_token_id")
+    eos_token_id = _slm_token("eos_token_id")
+    bos_token_id = _slm_token("bos_token_id")
+
+    @property
+    def decoder_start_token_id(self) -> int:
+        """
+        The SLM's. A decoder-only SLM has none, it starts from the prompt's last position: an id that only fills the
+        place, by convention.
+        """
+        slm = self.slm_config
+        candidates = (getattr(slm, "decoder_start_token_id", None), self.bos_token_id, self.pad_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    @decoder_start_token_id.setter
+    def decoder_start_token_id(self, value: int | None):
+        if value != self.decoder_start_token_id:
+            self.slm_config.decoder_start_token_id = value
 
     @property
     def llm_text_config(self) -> PretrainedConfig:
@@ -238,6 +264,7 @@ class LLM2SLMConfig(PretrainedConfig):
         for part in ("llm_config", "slm_config"):  # where its files were is no part of what the model is
             if isinstance(output.get(part), dict):
                 output[part].pop("_name_or_path", None)
+        output |= {name: getattr(self, name) for name in SLM_TOKENS}
         output["auto_map"] = dict(AUTO_MAP)
         output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         return output
