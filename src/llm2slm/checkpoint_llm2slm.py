@@ -22,6 +22,7 @@ from .loading_llm2slm import (
     is_offloaded,
     is_packed,
     load_llm,
+    loading_lock,
     onloaded,
     split_gguf,
     sub_device_map,
@@ -78,9 +79,10 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         if isinstance(device_map, dict) and "projector" in device_map:  # Transformers 4 wants a place for a buffer too
             kwargs["device_map"] = {"prompt_token_map": device_map["projector"], **device_map}
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            with loading_lock:
+                model, info = super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
@@ -129,15 +131,17 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         if attention is not None:
             llm_kwargs.setdefault("attn_implementation", attention)
         llm_kwargs.setdefault("dtype", self.dtype)
-        name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
-        if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
-            llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
         try:
+            name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
+            if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
+                llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
             llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
         except OSError as error:
+            install = self.config.llm_install if source == self.config.llm_name_or_path else None
             raise OSError(
-                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\nSay where it is on this "
-                "machine with `from_pretrained(..., llm_name_or_path=...)`."
+                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\n"
+                f"{f'Install it with `{install}`, or say' if install else 'Say'} where it is on this machine with "
+                "`from_pretrained(..., llm_name_or_path=...)`."
             ) from error
         check_same_architecture(llm_config, self.config.llm_config, source)
         self._set_llm(llm)

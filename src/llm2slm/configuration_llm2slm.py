@@ -76,6 +76,8 @@ class LLM2SLMConfig(PretrainedConfig):
         llm_name_or_path (`str`, *optional*):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
+        llm_install (`str`, *optional*):
+            The command that installs that Python package: said where it is missing.
         llm_revision (`str`, *optional*):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):
@@ -108,6 +110,7 @@ class LLM2SLMConfig(PretrainedConfig):
         llm_layer=-1,
         prompt_format=None,
         llm_name_or_path=None,
+        llm_install=None,
         llm_revision=None,
         llm_gguf_file=None,
         llm_fingerprint=None,
@@ -125,6 +128,7 @@ class LLM2SLMConfig(PretrainedConfig):
         self.llm_layer = llm_layer
         self.prompt_format = prompt_format
         self.llm_name_or_path = llm_name_or_path
+        self.llm_install = llm_install
         self.llm_revision = llm_revision
         self.llm_gguf_file = llm_gguf_file
         self.llm_fingerprint = llm_fingerprint

@@ -6,9 +6,13 @@ One of the files copied into every checkpoint: it imports nothing but torch and 
 
 import copy
 import functools
+import logging
 import os
+import re
+import threading
 import types
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -21,11 +25,13 @@ from transformers import (
     AutoModelForTextEncoding,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers.utils import cached_file, is_gguf_available
 from transformers.utils.hub import extract_commit_hash
 
 PACKAGE = "package:"  # before the name of a Python package that holds a model
+# While Transformers loads a model, it sets torch's default dtype and the like for the whole process: two models loaded
+# at once in two threads come out wrong. Each checkpoint may run its own copy of this file; the lock is one for all.
+loading_lock = vars(transformers).setdefault("_llm2slm_loading_lock", threading.RLock())
 
 
 def slm_auto_class(config):
@@ -47,7 +53,8 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
     auto_class = slm_auto_class(config)
-    return auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
+    with loading_lock:
+        return auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
 
 
 def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, transformers.PretrainedConfig]:
@@ -61,8 +68,8 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     if config is None:
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
     auto_class = llm_auto_class(config)
-    kwargs = _disk_kwargs(auto_class, config, kwargs)
-    with _quiet():  # the head's weights are unexpected, and not wanted
+    with loading_lock, _quiet():  # the head's weights are unexpected, and not wanted
+        kwargs = _disk_kwargs(auto_class, config, kwargs)
         llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -129,9 +136,26 @@ def _package_folder(package: str) -> str:
     return folder
 
 
+def install_line(name) -> str | None:
+    """
+    What installs a Python package that holds a model, as it is here; `None` for a model that is in none. Only its
+    files are read: of what it depends on, it needs the other parts of the model, which are named after it.
+    """
+    package = str(name).removeprefix(PACKAGE)
+    distributions = metadata.packages_distributions().get(package) if is_package(name) else None
+    if not distributions:
+        return None
+    whole = distributions[0]
+    required = (re.match(r"[\w.-]+", requirement) for requirement in metadata.requires(whole) or [])
+    parts = [match[0] for match in required if match and match[0].startswith(f"{whole}-")]
+    return "pip install --no-deps " + " ".join(f"{part}=={metadata.version(part)}" for part in [whole, *parts])
+
+
 def _gguf_kwargs(gguf_file) -> dict:
     if gguf_file is None:
         return {}
+    if not is_gguf_available():
+        raise ImportError(f"Reading {gguf_file!r} needs a package: pip install gguf")
     # Transformers 5 keeps GGUF weights packed unless told otherwise: dense, every dtype, device and save works.
     if hasattr(transformers, "GgufConfig"):
         return {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -161,12 +185,17 @@ def sub_device_map(device_map: dict, module: str):
 
 @contextmanager
 def _quiet():
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Keeps what this thread's loading would warn of from the log, and no other thread's."""
+
+    def passes(record):
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    thread, logger = threading.get_ident(), logging.getLogger(PreTrainedModel.__module__)
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.removeFilter(passes)
 
 
 # RoBERTa and its kin count positions from behind the padding token's id.

@@ -34,6 +34,7 @@ from .drafting_llm2slm import LosslessGenerationMixin
 from .loading_llm2slm import (
     compute_device,
     fingerprint,
+    install_line,
     is_package,
     llm_auto_class,
     load_llm,
@@ -222,6 +223,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             revision = resolve_revision(name, gguf_file, llm_kwargs)
             llm_source = {
                 "llm_name_or_path": str(llm_name) if is_package(llm_name) else name,
+                "llm_install": install_line(llm_name),
                 "llm_revision": revision,
                 "llm_gguf_file": gguf_file,
             }
