@@ -164,7 +164,7 @@ def test_auto_classes_load_the_checkpoint(auto_class, checkpoint, slim):
 # ------------------------------------------------------------------------------------------------------ the right LLM?
 def test_the_llm_may_be_elsewhere_on_this_machine(checkpoint, llm_folder, slim, tmp_path):
     llm_folder.rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=r"(?s)frozen LLM was not found at .*llm_name_or_path"):
+    with pytest.raises(OSError, match=r"(?s)frozen LLM could not be loaded from .*llm_name_or_path"):
         load(checkpoint)
     loaded = load(checkpoint, llm_name_or_path=tmp_path / "moved")
     assert logits(loaded).equal(logits(slim))

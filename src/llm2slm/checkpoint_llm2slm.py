@@ -18,12 +18,14 @@ from .loading_llm2slm import (
     check_fingerprint,
     check_loading_info,
     check_same_architecture,
+    check_shards,
     compute_device,
     is_offloaded,
     is_packed,
     load_llm,
     loading_lock,
     onloaded,
+    readable_weights,
     split_gguf,
     sub_device_map,
 )
@@ -78,18 +80,20 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "projector" in device_map:  # Transformers 4 wants a place for a buffer too
             kwargs["device_map"] = {"prompt_token_map": device_map["projector"], **device_map}
-        try:
-            with loading_lock:
-                model, info = super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-                )
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise OSError(
-                f"The weights in {str(pretrained_model_name_or_path)!r} are cut off or damaged: {error}"
-            ) from error
-        check_loading_info(info, f"The weights in {str(pretrained_model_name_or_path)!r}")
+        place = str(pretrained_model_name_or_path)
+        folder = os.path.join(place, kwargs.get("subfolder") or "")
+        check_shards(folder, kwargs.get("variant"))
+        heads = [head for head in weight_files((), kwargs.get("variant"))[0] if os.path.exists(f"{folder}/{head}")]
+        if len(heads) > 1:
+            raise ValueError(
+                f"{folder!r} has the weights of two saves, {heads[0]} and {heads[1]}: delete those that are not this "
+                "model's."
+            )
+        with loading_lock, readable_weights(f"The weights in {place!r}"):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        check_loading_info(info, f"The weights in {place!r}")
         if model.llm is None and load_llm:
             inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
             nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}
@@ -139,7 +143,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         except OSError as error:
             install = self.config.llm_install if source == self.config.llm_name_or_path else None
             raise OSError(
-                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\n"
+                f"This checkpoint's frozen LLM could not be loaded from {str(source)!r}: {error}\n"
                 f"{f'Install it with `{install}`, or say' if install else 'Say'} where it is on this machine with "
                 "`from_pretrained(..., llm_name_or_path=...)`."
             ) from error

@@ -172,6 +172,16 @@ class LLM2SLMConfig(PretrainedConfig):
             raise ValueError("`llm_layer` must name at least one layer, got an empty list.")
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Builds the configuration from its fields; raises a `ValueError` for another kind of model's."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {config_dict['model_type']!r} model, not of an LLM-to-SLM pair. To "
+                "make a pair with it, call `LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_sub_configs(cls, llm_config: PretrainedConfig, slm_config: PretrainedConfig, **kwargs) -> "LLM2SLMConfig":
         """Builds the configuration from the two models' configurations, which are copied."""
         fields = llm_config.to_dict()

@@ -6,9 +6,11 @@ One of the files copied into every checkpoint: it imports nothing but torch and 
 
 import copy
 import functools
+import json
 import logging
 import os
 import re
+import sys
 import threading
 import types
 from contextlib import contextmanager
@@ -66,15 +68,39 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     """
     kwargs |= _gguf_kwargs(gguf_file)
     if config is None:
+        fields = {}
+        if gguf_file is None:
+            fields, _ = transformers.PretrainedConfig.get_config_dict(name, **_config_kwargs(kwargs))
+        if fields.get("model_type") == "t5_gemma_module":
+            raise ValueError(
+                f"The LLM in {str(name)!r} is the encoder of a T5Gemma alone, which Transformers cannot load by its "
+                "name. Save the whole T5Gemma that the pair was made of, or the pair with `include_llm=True`."
+            )
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
-    auto_class = llm_auto_class(config)
-    with loading_lock, _quiet():  # the head's weights are unexpected, and not wanted
+    what = f"The LLM's weights in {str(name)!r}"
+    check_shards(os.path.join(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+    auto_class, kwargs = _of_a_pair(config, kwargs)
+    with loading_lock, _quiet(), readable_weights(what):  # the head's weights are unexpected, and not wanted
         kwargs = _disk_kwargs(auto_class, config, kwargs)
         llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    check_loading_info({**info, "unexpected_keys": []}, f"The LLM's weights in {str(name)!r}")
+    check_layers(info, config, what)
+    check_loading_info({**info, "unexpected_keys": []}, what)
     return llm, config
+
+
+def _of_a_pair(config, kwargs):
+    """What loads an LLM, and how, also where a pair's `llm` was saved: of an encoder-decoder, that is an encoder."""
+    auto_class, architecture = llm_auto_class(config), next(iter(config.architectures or ()), "")
+    if auto_class is AutoModelForTextEncoding and architecture.endswith("Stack"):
+        return auto_class, {"key_mapping": {"^": "encoder."}, **kwargs}
+    if architecture.endswith("Encoder") and config.is_encoder_decoder:
+        module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+        return getattr(module, architecture), kwargs
+    if architecture == "Gemma3TextModel":
+        return AutoModel, kwargs
+    return auto_class, kwargs
 
 
 def _config_kwargs(kwargs):
@@ -246,7 +272,47 @@ def is_packed(parameter: torch.Tensor) -> bool:
     return not parameter.is_floating_point() or parameter.element_size() == 1
 
 
-# ------------------------------------------------------------------------------------------------- is it the right LLM
+# ------------------------------------------------------------------------------------------- are they the right weights
+@contextmanager
+def readable_weights(what):
+    """Says of which weights it is that safetensors cannot read a file."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{what} are cut off or damaged: {error}") from error
+
+
+def check_shards(folder, variant: str | None = None):
+    """Raises an `OSError` if an index in `folder` is none, or names shards that are missing or not in the folder."""
+    path = os.path.join(folder, f"model.safetensors.index{f'.{variant}' if variant else ''}.json")
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"{path!r} is not an index of weights: {error!r}.") from error
+    for shard in shards:
+        if os.path.isabs(shard) or os.path.normpath(shard).startswith(".."):
+            raise OSError(f"{path!r} names a file outside its folder: {shard!r}.")
+        if not os.path.isfile(os.path.join(folder, shard)):
+            raise OSError(f"{path!r} names {shard!r}, which is missing.")
+
+
+def check_layers(info, config, what):
+    """Raises a `ValueError` if an LLM lacks its highest layers, and nothing else: a pair's own, cut at what it reads."""
+    found = [re.search(r"\.(\d+)\.", f".{key}") for key in info["missing_keys"]]
+    layers = sorted({int(match[1]) for match in found if match})
+    num_layers = getattr(config, "num_hidden_layers", 0)
+    if layers and layers == list(range(layers[0], num_layers)):
+        raise ValueError(
+            f"{what} have the first {layers[0]} of its {num_layers} layers only: they are a pair's, which keeps no "
+            "layer above those it reads. Save the LLM that the pair was made of, or the pair with `include_llm=True`."
+        )
+
+
 def check_loading_info(info, what):
     """Raises a `ValueError` if a `from_pretrained` left weights out or had to make some up."""
     for name, problem in (

@@ -39,6 +39,7 @@ from .loading_llm2slm import (
     llm_auto_class,
     load_llm,
     load_slm,
+    loading_lock,
     max_positions,
     record_layer_states,
     resolve_revision,
@@ -248,7 +249,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
         token_map = _check_token_map(prompt_token_map, config)
         generation_config = slm.generation_config
-        model = cls(config, llm=llm, slm=slm)
+        with loading_lock:
+            model = cls(config, llm=llm, slm=slm)
         if token_map is not None:
             model.prompt_token_map.copy_(token_map)
         config.llm_fingerprint = fingerprint(model.llm)
@@ -276,7 +278,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
 
     def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
         """What of `llm` reads the prompt, up to the highest layer asked for; it shares the parameters."""
-        llm = llm.get_encoder() if self.config.llm_config.is_encoder_decoder else without_head(llm)
+        of_encoder_decoder = self.config.llm_config.is_encoder_decoder
+        if of_encoder_decoder and hasattr(llm, "get_encoder"):  # in Transformers 4 an encoder has no such method
+            llm = llm.get_encoder()
+        elif not of_encoder_decoder:
+            llm = without_head(llm)
         num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
         return truncate(llm, num_layers, depth) if depth < num_layers else llm
 
