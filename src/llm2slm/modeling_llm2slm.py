@@ -35,6 +35,7 @@ from .loading_llm2slm import (
     compute_device,
     fingerprint,
     install_line,
+    is_offloaded,
     is_package,
     llm_auto_class,
     load_llm,
@@ -300,6 +301,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if self.llm is not None:
             self.llm.requires_grad_(False)
         return self
+
+    def _apply(self, fn, recurse=True):
+        """`to` and its kin move projector and SLM; an offloaded LLM is where its device map says."""
+        if self.llm is None or not is_offloaded(self.llm):
+            return super()._apply(fn, recurse)
+        llm, self._modules["llm"] = self.llm, None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules["llm"] = llm
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
