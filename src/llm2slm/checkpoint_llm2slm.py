@@ -17,6 +17,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import (
     check_fingerprint,
     check_loading_info,
+    check_offloaded,
     check_same_architecture,
     check_shards,
     compute_device,
@@ -94,6 +95,8 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         check_loading_info(info, f"The weights in {place!r}")
+        for part in filter(None, (model.llm, model.slm)):
+            check_offloaded(part)
         if model.llm is None and load_llm:
             inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
             nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}

@@ -56,7 +56,9 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
     auto_class = slm_auto_class(config)
     with loading_lock:
-        return auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
+        slm = auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
+    check_offloaded(slm)
+    return slm
 
 
 def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, transformers.PretrainedConfig]:
@@ -87,6 +89,7 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
         )
     check_layers(info, config, what)
     check_loading_info({**info, "unexpected_keys": []}, what)
+    check_offloaded(without_head(llm))
     return llm, config
 
 
@@ -114,7 +117,8 @@ def _disk_kwargs(auto_class, config, kwargs) -> dict:
         return kwargs
     with torch.device("meta"):
         model = auto_class.from_config(copy.deepcopy(config))
-    return {**kwargs, "device_map": {name: "disk" for name, _ in model.named_children()}}
+    names = [*model._modules, *model._parameters, *model._buffers]
+    return {**kwargs, "device_map": dict.fromkeys(names, "disk")}
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:
@@ -265,6 +269,22 @@ def onloaded(module: nn.Module):
         yield module
     finally:
         hook.post_forward(module, None)
+
+
+def check_offloaded(model: nn.Module):
+    """Raises a `ValueError` if accelerate does not find weights again that are on disk."""
+    if not is_offloaded(model):
+        return
+    head = model.get_output_embeddings()
+    for module in (part for part in model.modules() if part is head or isinstance(part, nn.Embedding)):
+        try:
+            with onloaded(module):
+                pass
+        except KeyError as error:
+            raise ValueError(
+                f"{type(model).__name__} ties {error} to other weights, which this version of Transformers cannot do "
+                'with weights on disk: give them another place than "disk" in `device_map`, or use Transformers 5.'
+            ) from error
 
 
 def is_packed(parameter: torch.Tensor) -> bool:

@@ -766,6 +766,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         # 4. Decode: the SLM alone.
         if fast:
             return generate_fast(self.slm, embeds, mask, generation_config, **model_kwargs)
+        if self.slm.device.type == "meta" and not self.config.slm_config.is_encoder_decoder:
+            # Offloaded: Transformers 4 would begin a response on the device where the parameters are not.
+            model_kwargs["inputs"] = mask.new_zeros(len(mask), 0)
         return self.slm.generate(
             inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **model_kwargs
         )
