@@ -31,7 +31,6 @@ from .loading_llm2slm import (
     sub_device_map,
 )
 
-
 INCOMPLETE = ".incomplete"  # folder of a save that is going on
 
 
@@ -322,7 +321,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         self._keys_to_ignore_on_save = keys
 
 
-# ------------------------------------------------------------------------------------------------ files of a checkpoint
+# ----------------------------------------------------------------------------------------------- files of a checkpoint
 def weight_files(names, variant: str | None = None) -> tuple[list[str], list[str]]:
     """
     Patterns of the files that say where the weights are, and of all that hold weights, in a folder or repository to

@@ -271,7 +271,7 @@ def onloaded(module: nn.Module):
         hook.post_forward(module, None)
 
 
-def check_offloaded(model: nn.Module):
+def check_offloaded(model: PreTrainedModel):
     """Raises a `ValueError` if accelerate does not find weights again that are on disk."""
     if not is_offloaded(model):
         return
@@ -292,7 +292,7 @@ def is_packed(parameter: torch.Tensor) -> bool:
     return not parameter.is_floating_point() or parameter.element_size() == 1
 
 
-# ------------------------------------------------------------------------------------------- are they the right weights
+# ------------------------------------------------------------------------------------------ are they the right weights
 @contextmanager
 def readable_weights(what):
     """Says of which weights it is that safetensors cannot read a file."""
@@ -322,7 +322,7 @@ def check_shards(folder, variant: str | None = None):
 
 
 def check_layers(info, config, what):
-    """Raises a `ValueError` if an LLM lacks its highest layers, and nothing else: a pair's own, cut at what it reads."""
+    """Raises a `ValueError` if weights lack an LLM's highest layers: a pair's own, cut at those it reads."""
     found = [re.search(r"\.(\d+)\.", f".{key}") for key in info["missing_keys"]]
     layers = sorted({int(match[1]) for match in found if match})
     num_layers = getattr(config, "num_hidden_layers", 0)
