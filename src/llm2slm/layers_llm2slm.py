@@ -100,7 +100,7 @@ class LayerStates:
         self._states: dict[int, torch.Tensor] = {}
         copies: dict[nn.Module, nn.Module] = {}
         inner = sorted(set(layers) - {num_layers})
-        modules = find_layers(llm, num_layers, depth=max(max(layers), 1)) if inner else []
+        modules = find_layers(llm, num_layers, depth=max(max(layers), 1)) if inner else nn.ModuleList()
         for layer in inner:  # the first module may be read before it and behind it
             module = modules[max(layer - 1, 0)]
             copies[module] = with_forward(copies.get(module, module), self._keep(layer))

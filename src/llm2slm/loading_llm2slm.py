@@ -1,12 +1,18 @@
 """Loading the two models of a pair, and recognising the LLM.
 
-One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on Transformers
-4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and another of them, and
+works on Transformers 4.x and 5.x.
 """
 
 import copy
+import json
+import logging
 import os
+import re
+import sys
+import threading
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -19,11 +25,15 @@ from transformers import (
     AutoModelForTextEncoding,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers.utils import cached_file, is_gguf_available
 from transformers.utils.hub import extract_commit_hash
 
+from .layers_llm2slm import without_head
+
 PACKAGE = "package:"  # before the name of a Python package that holds a model
+# While Transformers loads a model, it sets torch's default dtype and the like for the whole process: two models loaded
+# at once in two threads come out wrong. Each checkpoint may run its own copy of this file; the lock is one for all.
+loading_lock = vars(transformers).setdefault("_llm2slm_loading_lock", threading.RLock())
 
 
 def slm_auto_class(config):
@@ -44,7 +54,11 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     name, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
-    return slm_auto_class(config).from_pretrained(name, **kwargs)
+    auto_class = slm_auto_class(config)
+    with loading_lock:
+        slm = auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
+    check_offloaded(slm)
+    return slm
 
 
 def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, transformers.PretrainedConfig]:
@@ -56,18 +70,55 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     """
     kwargs |= _gguf_kwargs(gguf_file)
     if config is None:
+        fields = {}
+        if gguf_file is None:
+            fields, _ = transformers.PretrainedConfig.get_config_dict(name, **_config_kwargs(kwargs))
+        if fields.get("model_type") == "t5_gemma_module":
+            raise ValueError(
+                f"The LLM in {str(name)!r} is the encoder of a T5Gemma alone, which Transformers cannot load by its "
+                "name. Save the whole T5Gemma that the pair was made of, or the pair with `include_llm=True`."
+            )
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
-    with _quiet():  # the head's weights are unexpected, and not wanted
-        llm, info = llm_auto_class(config).from_pretrained(
+    what = f"The LLM's weights in {str(name)!r}"
+    check_shards(os.path.join(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
+    auto_class, kwargs = _of_a_pair(config, kwargs)
+    with loading_lock, _quiet(), readable_weights(what):  # the head's weights are unexpected, and not wanted
+        kwargs = _disk_kwargs(auto_class, config, kwargs)
+        llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-    check_loading_info({**info, "unexpected_keys": []}, f"The LLM's weights in {str(name)!r}")
+    check_layers(info, config, what)
+    check_loading_info({**info, "unexpected_keys": []}, what)
+    check_offloaded(without_head(llm))
     return llm, config
+
+
+def _of_a_pair(config, kwargs):
+    """What loads an LLM, and how, also where a pair's `llm` was saved: of an encoder-decoder, that is an encoder."""
+    auto_class, architecture = llm_auto_class(config), next(iter(config.architectures or ()), "")
+    if auto_class is AutoModelForTextEncoding and architecture.endswith("Stack"):
+        return auto_class, {"key_mapping": {"^": "encoder."}, **kwargs}
+    if architecture.endswith("Encoder") and config.is_encoder_decoder:
+        module = sys.modules[AutoModel._model_mapping[type(config)].__module__]
+        return getattr(module, architecture), kwargs
+    if architecture == "Gemma3TextModel":
+        return AutoModel, kwargs
+    return auto_class, kwargs
 
 
 def _config_kwargs(kwargs):
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _disk_kwargs(auto_class, config, kwargs) -> dict:
+    """Spells out a device map that keeps the whole model on disk: Transformers 4 takes "disk" for a torch device."""
+    if kwargs.get("device_map") != {"": "disk"}:
+        return kwargs
+    with torch.device("meta"):
+        model = auto_class.from_config(copy.deepcopy(config))
+    names = [*model._modules, *model._parameters, *model._buffers]
+    return {**kwargs, "device_map": dict.fromkeys(names, "disk")}
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:
@@ -115,9 +166,26 @@ def _package_folder(package: str) -> str:
     return folder
 
 
+def install_line(name) -> str | None:
+    """
+    What installs a Python package that holds a model, as it is here; `None` for a model that is in none. Only its
+    files are read: of what it depends on, it needs the other parts of the model, which are named after it.
+    """
+    package = str(name).removeprefix(PACKAGE)
+    distributions = metadata.packages_distributions().get(package) if is_package(name) else None
+    if not distributions:
+        return None
+    whole = distributions[0]
+    required = (re.match(r"[\w.-]+", requirement) for requirement in metadata.requires(whole) or [])
+    parts = [match[0] for match in required if match and match[0].startswith(f"{whole}-")]
+    return "pip install --no-deps " + " ".join(f"{part}=={metadata.version(part)}" for part in [whole, *parts])
+
+
 def _gguf_kwargs(gguf_file) -> dict:
     if gguf_file is None:
         return {}
+    if not is_gguf_available():
+        raise ImportError(f"Reading {gguf_file!r} needs a package: pip install gguf")
     # Transformers 5 keeps GGUF weights packed unless told otherwise: dense, every dtype, device and save works.
     if hasattr(transformers, "GgufConfig"):
         return {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -147,12 +215,17 @@ def sub_device_map(device_map: dict, module: str):
 
 @contextmanager
 def _quiet():
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Keeps what this thread's loading would warn of from the log, and no other thread's."""
+
+    def passes(record):
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    thread, logger = threading.get_ident(), logging.getLogger(PreTrainedModel.__module__)
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logger.removeFilter(passes)
 
 
 # RoBERTa and its kin count positions from behind the padding token's id.
@@ -165,7 +238,101 @@ def max_positions(config) -> int | None:
     return limit - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else limit
 
 
-# ------------------------------------------------------------------------------------------------- is it the right LLM
+# ------------------------------------------------------------------------------------- parameters that lie elsewhere
+def compute_device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate keeps the parameters of an offloaded one elsewhere between two calls."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether some parameters are on disk, or in the memory of another device than the one that computes."""
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
+@contextmanager
+def onloaded(module: nn.Module):
+    """Within it, the module's own parameters hold their data, as in its forward, wherever accelerate keeps them."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield module
+        return
+    hook.pre_forward(module)
+    try:
+        yield module
+    finally:
+        hook.post_forward(module, None)
+
+
+def check_offloaded(model: PreTrainedModel):
+    """Raises a `ValueError` if accelerate does not find weights again that are on disk."""
+    if not is_offloaded(model):
+        return
+    head = model.get_output_embeddings()
+    for module in (part for part in model.modules() if part is head or isinstance(part, nn.Embedding)):
+        try:
+            with onloaded(module):
+                pass
+        except KeyError as error:
+            raise ValueError(
+                f"{type(model).__name__} ties {error} to other weights, which this version of Transformers cannot do "
+                'with weights on disk: give them another place than "disk" in `device_map`, or use Transformers 5.'
+            ) from error
+
+
+def is_packed(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds quantized weights: their dtype is how they are stored, not what is computed in."""
+    return not parameter.is_floating_point() or parameter.element_size() == 1
+
+
+# ------------------------------------------------------------------------------------------ are they the right weights
+@contextmanager
+def readable_weights(what):
+    """Says of which weights it is that safetensors cannot read a file."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{what} are cut off or damaged: {error}") from error
+
+
+def check_shards(folder, variant: str | None = None):
+    """Raises an `OSError` if an index in `folder` is none, or names shards that are missing or not in the folder."""
+    path = os.path.join(folder, f"model.safetensors.index{f'.{variant}' if variant else ''}.json")
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"{path!r} is not an index of weights: {error!r}.") from error
+    for shard in shards:
+        if os.path.isabs(shard) or os.path.normpath(shard).startswith(".."):
+            raise OSError(f"{path!r} names a file outside its folder: {shard!r}.")
+        if not os.path.isfile(os.path.join(folder, shard)):
+            raise OSError(f"{path!r} names {shard!r}, which is missing.")
+
+
+def check_layers(info, config, what):
+    """Raises a `ValueError` if weights lack an LLM's highest layers: a pair's own, cut at those it reads."""
+    found = [re.search(r"\.(\d+)\.", f".{key}") for key in info["missing_keys"]]
+    layers = sorted({int(match[1]) for match in found if match})
+    num_layers = getattr(config, "num_hidden_layers", 0)
+    if layers and layers == list(range(layers[0], num_layers)):
+        raise ValueError(
+            f"{what} have the first {layers[0]} of its {num_layers} layers only: they are a pair's, which keeps no "
+            "layer above those it reads. Save the LLM that the pair was made of, or the pair with `include_llm=True`."
+        )
+
+
 def check_loading_info(info, what):
     """Raises a `ValueError` if a `from_pretrained` left weights out or had to make some up."""
     for name, problem in (
@@ -199,11 +366,10 @@ def fingerprint(llm: nn.Module, num_tensors: int = 16, num_values: int = 8) -> d
     Some weights of the LLM, evenly spaced over its floating-point parameters, as hexadecimal bfloat16. Sampled values
     rather than a hash, so that the same weights in another dtype are recognised.
     """
-    parameters = {name: p for name, p in sorted(llm.named_parameters()) if p.is_floating_point() and p.numel()}
-    names = list(parameters)
+    names = [name for name, p in sorted(llm.named_parameters()) if not is_packed(p) and p.numel()]
     chosen = [names[i * len(names) // num_tensors] for i in range(num_tensors)] if len(names) > num_tensors else names
     return {
-        name: bytes(_sample(parameters[name], num_values).to(torch.bfloat16).view(torch.uint8).tolist()).hex()
+        name: bytes(_sample(llm, name, num_values).to(torch.bfloat16).view(torch.uint8).tolist()).hex()
         for name in chosen
     }
 
@@ -213,9 +379,9 @@ def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
     parameters = dict(llm.named_parameters())
     for name, expected_hex in fingerprint.items():
         expected = torch.tensor(list(bytes.fromhex(expected_hex)), dtype=torch.uint8).view(torch.bfloat16).float()
-        if name in parameters and not parameters[name].is_floating_point():
-            continue  # quantized
-        found = _sample(parameters[name], len(expected)) if name in parameters else None
+        if name in parameters and is_packed(parameters[name]):
+            continue
+        found = _sample(llm, name, len(expected)) if name in parameters else None
         # Two roundings to bfloat16 (8 bits) apart at most; float16 has nothing below 6e-8.
         if found is None or not torch.allclose(found, expected, rtol=2**-7, atol=1e-7):
             raise ValueError(
@@ -225,6 +391,9 @@ def check_fingerprint(llm: nn.Module, fingerprint: dict[str, str], source):
 
 
 @torch.no_grad()
-def _sample(parameter: torch.Tensor, num_values: int) -> torch.Tensor:
-    index = torch.linspace(0, parameter.numel() - 1, min(num_values, parameter.numel()), dtype=torch.float64).long()
-    return parameter.detach().flatten()[index.to(parameter.device)].float().cpu()
+def _sample(model: nn.Module, name: str, num_values: int) -> torch.Tensor:
+    module_name, _, leaf = name.rpartition(".")
+    with onloaded(model.get_submodule(module_name)) as module:
+        values = getattr(module, leaf).detach().flatten()
+        index = torch.linspace(0, values.numel() - 1, min(num_values, values.numel()), dtype=torch.float64).long()
+        return values[index.to(values.device)].float().cpu()

@@ -31,11 +31,15 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
 from .layers_llm2slm import LayerStates, truncate, with_forward, with_modules, without_head
 from .loading_llm2slm import (
+    compute_device,
     fingerprint,
+    install_line,
+    is_offloaded,
     is_package,
     llm_auto_class,
     load_llm,
     load_slm,
+    loading_lock,
     max_positions,
     resolve_revision,
     shared_parameter,
@@ -112,7 +116,8 @@ class LLM2SLMProjector(nn.Module):
 
     def forward(self, prompt_hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch_size, prompt_length, prompt_hidden_size)` to `(batch_size, prompt_length, slm_hidden_size)`."""
-        states = prompt_hidden_states.to(self.out.weight.dtype).split(self.llm_hidden_size, dim=-1)
+        # A quantized weight's dtype is how it is stored; a bias is never quantized.
+        states = prompt_hidden_states.to(self.out.bias.dtype).split(self.llm_hidden_size, dim=-1)
         embeds = states[: self.num_layers]
         if self.norms is not None:
             embeds = [norm(layer_states) for norm, layer_states in zip(self.norms, embeds, strict=True)]
@@ -149,8 +154,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         if config.maps_prompt_tokens:
             self.prompt_token_map = torch.full((config.llm_text_config.vocab_size,), -1, dtype=torch.int32)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        config.slm_config = self.slm.config  # one object: what changes the SLM is said of the pair
         # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
         self.slm.generation_config = only_special_tokens(self.slm.generation_config)
+        # Neither a quantizer nor float16 may touch what each part says of itself (Transformers 5 asks them) and, of a
+        # quantized model, the projector, which is small and all that the SLM learns of the LLM.
+        kept = {name for part in (self.llm, self.slm) if part is not None for name in part._keep_in_fp32_modules or ()}
+        quantized = getattr(config, "quantization_config", None) is not None
+        self._keep_in_fp32_modules = sorted(kept | ({"projector"} if quantized else set()))
         self.post_init()
         self._skip_llm_when_saving()
 
@@ -213,6 +224,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             revision = resolve_revision(name, gguf_file, llm_kwargs)
             llm_source = {
                 "llm_name_or_path": str(llm_name) if is_package(llm_name) else name,
+                "llm_install": install_line(llm_name),
                 "llm_revision": revision,
                 "llm_gguf_file": gguf_file,
             }
@@ -237,12 +249,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
         token_map = _check_token_map(prompt_token_map, config)
         generation_config = slm.generation_config
-        model = cls(config, llm=llm, slm=slm)
+        with loading_lock:
+            model = cls(config, llm=llm, slm=slm)
         if token_map is not None:
             model.prompt_token_map.copy_(token_map)
         config.llm_fingerprint = fingerprint(model.llm)
         model.generation_config = generation_config
-        model.projector.to(slm.get_input_embeddings().weight.device, slm.dtype)
+        model.projector.to(compute_device(slm.get_input_embeddings()), slm.dtype)
         model._match_embedding_scale()
         return model.eval()
 
@@ -250,12 +263,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
     def _match_embedding_scale(self):
         """Gives projections the standard deviation of the SLM's own embeddings, which it was pretrained on."""
         embeddings = self.slm.get_input_embeddings()
-        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=embeddings.weight.device)
+        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=compute_device(embeddings))
         std = self._embed_with_slm(ids).float().std().item()
         _init_linear(self.projector.out, output_std=std)
         if self.projector.llm_embeddings is not None:
             llm_embeddings = self.llm.get_input_embeddings()
-            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=llm_embeddings.weight.device)
+            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=compute_device(llm_embeddings))
             llm_std = llm_embeddings(ids).float().std().item()
             _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
 
@@ -268,7 +281,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
 
     def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
         """What of `llm` returns hidden states of the prompt."""
-        return llm.get_encoder() if self.config.llm_config.is_encoder_decoder else without_head(llm)
+        if not self.config.llm_config.is_encoder_decoder:
+            return without_head(llm)
+        # An encoder of Transformers 4 has no such method.
+        return llm.get_encoder() if hasattr(llm, "get_encoder") else llm
 
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
@@ -284,6 +300,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         if self.llm is not None:
             self.llm.requires_grad_(False)
         return self
+
+    def _apply(self, fn, recurse=True):
+        """`to` and its kin move projector and SLM; an offloaded LLM is where its device map says."""
+        if self.llm is None or not is_offloaded(self.llm):
+            return super()._apply(fn, recurse)
+        llm, self._modules["llm"] = self.llm, None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules["llm"] = llm
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
@@ -313,9 +339,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                     f"With a tokenizer shared with the LLM the SLM's vocabulary must have at least {lowest}"
                     f"{'' if highest is None else f' and at most {highest}'} tokens, got {new_num_tokens}."
                 )
-        embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.slm_config = self.slm.config
-        return embeddings
+        return self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def get_decoder(self):
         """The SLM's decoder."""
@@ -368,10 +392,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             )
             if adds_own_embeddings:
                 self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask)
-        device = self.projector.out.weight.device
+        device = compute_device(self.projector)
         attention_mask = attention_mask.to(device).long()
         # (batch_size, prompt_length, slm_hidden_size)
         prompt_embeds = self.projector(prompt_hidden_states.to(device))
+        if self.projector.out.bias.dtype != self.slm.dtype:  # the projector of a quantized model is not
+            prompt_embeds = prompt_embeds.to(self.slm.dtype)
         if adds_own_embeddings:
             prompt_embeds = prompt_embeds + self._embed_prompt(input_ids, attention_mask)
         return PromptEncoding(prompt_embeds=prompt_embeds, attention_mask=attention_mask)
@@ -418,9 +444,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         if self.llm is None:
             raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
-        attention_mask = attention_mask.to(self.llm.device)
+        attention_mask = attention_mask.to(compute_device(self.llm))
         order = _padding_order(attention_mask, "right")
-        input_ids, attention_mask = input_ids.to(self.llm.device).gather(1, order), attention_mask.gather(1, order)
+        input_ids, attention_mask = input_ids.to(order.device).gather(1, order), attention_mask.gather(1, order)
         arguments = {"use_cache": False} if "use_cache" in _arguments(type(self.llm).forward) else {}
         reading = LayerStates(self.llm, self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers)
         hidden_states: Any = None
@@ -439,7 +465,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         The rows of a batch in one or more runs of the LLM. On a CPU, padding takes as long as text does, so rows of
         other lengths are worth a run of their own when they save `RUN_TOKENS` of padding; a GPU takes them at once.
         """
-        if self.llm.device.type != "cpu":
+        if attention_mask.device.type != "cpu":
             return [list(range(len(attention_mask)))]
         lengths = attention_mask.sum(dim=1).tolist()
         rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)

@@ -63,11 +63,14 @@ def run(args: argparse.Namespace) -> None:
         OSError: if a file is missing, or the Hub refuses.
         ValueError: if nobody wrote the card, or the LLM would be found on this machine only.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    from .checkpoint_llm2slm import matches, weight_files
 
     folder, api = Path(args.run), HfApi()
-    operations = []
-    for name in find_files(folder):
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    names = find_files(folder)
+    for name in names:
         content: str | bytes = str(folder / name)
         if name in (CONFIG, ADAPTER_CONFIG):
             content = point_to_hub(folder / name, args)
@@ -75,10 +78,13 @@ def run(args: argparse.Namespace) -> None:
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
     if args.revision is not None:
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+    for name in api.list_repo_files(args.repo_id, revision=args.revision):
+        if name not in names and matches(name, weight_files(names)[1]):  # another save's: could be loaded instead
+            operations.append(CommitOperationDelete(path_in_repo=name))
     commit = api.create_commit(
         args.repo_id, operations=operations, commit_message=args.message, revision=args.revision
     )
-    print(f"{len(operations)} files, {commit.oid}: {commit.commit_url}")
+    print(f"{len(names)} files, {commit.oid}: {commit.commit_url}")
 
 
 def find_files(folder: Path) -> list[str]:
