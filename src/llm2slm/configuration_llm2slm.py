@@ -127,7 +127,7 @@ class LLM2SLMConfig(PretrainedConfig):
             candidates = (kwargs["bos_token_id"], kwargs["pad_token_id"], 0)
             kwargs["decoder_start_token_id"] = next(token for token in candidates if token is not None)
         kwargs.setdefault("is_encoder_decoder", True)
-        kwargs.setdefault("tie_word_embeddings", False)  # the sub-models tie their own
+        kwargs["tie_word_embeddings"] = self.tie_word_embeddings  # Transformers 4 sets what it is not given
         super().__init__(**kwargs)
 
     def _validate_choices(self):
@@ -226,6 +226,15 @@ class LLM2SLMConfig(PretrainedConfig):
         """The SLM's: `labels` and generated ids are below it."""
         return self.slm_config.get_text_config().vocab_size
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the SLM's head is its token embeddings: what PEFT asks before it adapts one of them."""
+        return getattr(self.slm_config, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool):
+        self.slm_config.tie_word_embeddings = value
+
     def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
         """The SLM's configuration, or the LLM's if only the encoder's is asked for."""
         if encoder and not decoder:
@@ -238,6 +247,7 @@ class LLM2SLMConfig(PretrainedConfig):
         for part in ("llm_config", "slm_config"):  # where its files were is no part of what the model is
             if isinstance(output.get(part), dict):
                 output[part].pop("_name_or_path", None)
+        output["tie_word_embeddings"] = self.tie_word_embeddings
         output["auto_map"] = dict(AUTO_MAP)
         output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         return output

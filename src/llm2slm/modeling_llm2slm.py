@@ -17,6 +17,7 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -276,6 +277,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
         """Sets projector and SLM to training mode; the frozen LLM stays in eval mode."""
+        self._take_adapters_out_of_llm()
         super().train(mode)
         if self.llm is not None:
             self.llm.eval()
@@ -287,6 +289,47 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if self.llm is not None:
             self.llm.requires_grad_(False)
         return self
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "peft_config" and self.llm is not None:  # PEFT sets it once its layers are in
+            self._take_adapters_out_of_llm()
+            if not any(_peft_wraps(module) for module in self.modules()):
+                raise ValueError(
+                    "The LLM is frozen and PEFT's layers would be in it alone: choose `target_modules` of the SLM, "
+                    r"such as `r'slm\..*\.(q_proj|v_proj)'`."
+                )
+
+    def _take_adapters_out_of_llm(self):
+        """PEFT finds layers by their names, in the frozen LLM too, where adapters would get no gradient."""
+        if self.llm is None:
+            return
+        wrapped = {name: module for name, module in self.llm.named_modules() if _peft_wraps(module)}
+        for name, module in wrapped.items():
+            if any(name.startswith(f"{other}.") for other in wrapped):
+                continue  # inside another that goes
+            while _peft_wraps(module):
+                module = module._modules.get("base_layer", module._modules.get("original_module"))
+            parent, _, child = name.rpartition(".")
+            setattr(self.llm.get_submodule(parent), child, module)
+        if wrapped:
+            self.llm.requires_grad_(False).eval()
+            warnings.warn(
+                f"The LLM is frozen: PEFT's layers were taken out of it again ({len(wrapped)}, the first at "
+                f"'llm.{next(iter(wrapped))}'). Name the SLM's layers alone, e.g. "
+                r"`target_modules=r'slm\..*\.(q_proj|v_proj)'`, or pass `exclude_modules=r'llm\..*'`.",
+                stacklevel=2,
+            )
+
+    @property
+    def _tied_weights_keys(self):
+        """The SLM's, by their names here: a mapping in Transformers 5, in 4 a list of how names end. PEFT reads it."""
+        keys = self.slm._tied_weights_keys
+        if isinstance(keys, dict):
+            return {f"slm.{target}": f"slm.{source}" for target, source in keys.items()}
+        ends = tuple(f".{key.removesuffix('.weight')}" for key in keys or ())
+        names = (f"slm.{name}" for name, _ in self.slm.named_modules(remove_duplicate=False))
+        return [f"{name}.weight" for name in names if name.endswith(ends)]
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
@@ -586,6 +629,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         _check_response("decoder_input_ids", decoder_input_ids, num_prompts)
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        if self.training and torch.is_grad_enabled() and not embeds.requires_grad and _checkpoints(self.slm):
+            # Reentrant checkpointing gives no gradient to adapters behind inputs that need none.
+            # `enable_input_require_grads` sees to token embeddings, which the prompt does not pass.
+            embeds.requires_grad_()
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
                 inputs_embeds=embeds,
@@ -853,6 +900,16 @@ def _check_response(name, ids, num_prompts):
 def response_mask(labels: torch.Tensor) -> torch.Tensor:
     """The `decoder_attention_mask` of `labels`: position i is fed label i - 1, the first the start token."""
     return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
+
+
+def _peft_wraps(module: nn.Module) -> bool:
+    """Whether PEFT has put this module around one of the model's own (`modules_to_save` have the other name)."""
+    return "base_layer" in module._modules or "original_module" in module._modules
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _longest(mask: torch.Tensor) -> int:
