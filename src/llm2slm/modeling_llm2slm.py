@@ -294,29 +294,29 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         super().__setattr__(name, value)
         if name == "peft_config" and self.llm is not None:  # PEFT sets it once its layers are in
             self._take_adapters_out_of_llm()
-            if not any(_peft_wraps(module) for module in self.modules()):
+            if all(_wrapped_by_peft(module) is None for module in self.modules()):
                 raise ValueError(
-                    "The LLM is frozen and PEFT's layers would be in it alone: choose `target_modules` of the SLM, "
-                    r"such as `r'slm\..*\.(q_proj|v_proj)'`."
+                    "The LLM is frozen, and `target_modules` match layers of it alone: choose the SLM's, such as "
+                    r"`r'slm\..*\.(q_proj|v_proj)'`."
                 )
 
     def _take_adapters_out_of_llm(self):
         """PEFT finds layers by their names, in the frozen LLM too, where adapters would get no gradient."""
         if self.llm is None:
             return
-        wrapped = {name: module for name, module in self.llm.named_modules() if _peft_wraps(module)}
-        for name, module in wrapped.items():
-            if any(name.startswith(f"{other}.") for other in wrapped):
-                continue  # inside another that goes
-            while _peft_wraps(module):
-                module = module._modules.get("base_layer", module._modules.get("original_module"))
+        self.llm.requires_grad_(False)  # `bias="all"` unfreezes some
+        wrappers = [name for name, module in self.llm.named_modules() if _wrapped_by_peft(module) is not None]
+        outermost = [name for name in wrappers if not name.startswith(tuple(f"{other}." for other in wrappers))]
+        for name in outermost:
+            module = self.llm.get_submodule(name)
+            while (inner := _wrapped_by_peft(module)) is not None:
+                module = inner
             parent, _, child = name.rpartition(".")
             setattr(self.llm.get_submodule(parent), child, module)
-        if wrapped:
-            self.llm.requires_grad_(False).eval()
+        if outermost:
             warnings.warn(
-                f"The LLM is frozen: PEFT's layers were taken out of it again ({len(wrapped)}, the first at "
-                f"'llm.{next(iter(wrapped))}'). Name the SLM's layers alone, e.g. "
+                f"The LLM is frozen: PEFT's layers were taken out of it again ({len(outermost)}, the first at "
+                f"'llm.{outermost[0]}'). To match the SLM's alone write, e.g., "
                 r"`target_modules=r'slm\..*\.(q_proj|v_proj)'`, or pass `exclude_modules=r'llm\..*'`.",
                 stacklevel=2,
             )
@@ -581,6 +581,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput | tuple:
         r"""
@@ -601,6 +602,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 An already encoded prompt; the LLM and the projector are not run.
             num_items_in_batch (`int`, *optional*):
                 Number of labels in the whole batch that the Trainer accumulates; the loss is then their sum by it.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*):
+                In a batch for a trainer, which also has `decoder_input_ids`: what the loss is of, in place of `labels`.
 
         Returns:
             `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
@@ -613,9 +616,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-        # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and these two.
-        if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
-            raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
+        # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and `use_cache`.
+        if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache"}:
+            raise TypeError(
+                f"`forward` got unexpected arguments: {sorted(unknown)}. (PEFT's prompt tuning and prefix tuning pass "
+                "some, since they write into the prompt: adapt the SLM's layers instead, e.g. with LoRA.)"
+            )
+        if self.training and getattr(self.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+            raise ValueError(
+                "`neftune_noise_alpha` puts noise on token embeddings, but the SLM reads the prompt as projections of "
+                "the LLM's states: leave it out."
+            )
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
         prompts = (prompt_embeds, prompt_hidden_states, input_ids)
@@ -649,8 +660,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
             )
         if labels is not None:
-            loss = _response_loss(output.logits, labels, num_items_in_batch)
+            targets = labels if shift_labels is None else shift_labels
+            loss = _response_loss(output.logits, targets, num_items_in_batch)
             output = Seq2SeqLMOutput(loss=loss, **output)
+        if shift_labels is not None and kwargs.get("use_cache") is None and "sft" in (self.model_tags or ()):
+            # A batch for SFTTrainer (see DataCollatorForLLM2SLM), but not from it, since its calls say `use_cache`:
+            # another trainer of the same model does not shift `labels`.
+            output["logits"] = output.logits.roll(1, dims=1)
         return output if return_dict else output.to_tuple()
 
     def _decoder_only_forward(
@@ -826,6 +842,11 @@ class LLM2SLMBackbone(nn.Module):
                 f"SFTTrainer computes the loss from the head's weights alone, but {type(model.slm).__name__} adds "
                 "`final_logits_bias` to what they give: train it with Seq2SeqTrainer."
             )
+        if getattr(model.get_output_embeddings(), "token_adapter", None) is not None:
+            raise ValueError(
+                "SFTTrainer computes the loss from the head's weights alone, but `trainable_token_indices` of an SLM "
+                "with tied embeddings puts a layer of PEFT around the head: train it with Seq2SeqTrainer."
+            )
         entering = []
 
         def keep_states(head, args):
@@ -888,7 +909,11 @@ def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
 
 def _check_response(name, ids, num_prompts):
     if ids is None:
-        raise ValueError("Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`.")
+        raise ValueError(
+            "Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`. A trainer that keeps "
+            "`labels` for a loss of its own (`label_smoothing_factor`, `compute_loss_func`) needs "
+            "`data_collator=DataCollatorForLLM2SLM(tokenizer, model=model)`."
+        )
     if ids.ndim != 2 or ids.shape[1] == 0 or (num_prompts is not None and len(ids) != num_prompts):
         batch_size = "batch_size" if num_prompts is None else num_prompts
         raise ValueError(
@@ -902,9 +927,10 @@ def response_mask(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
 
 
-def _peft_wraps(module: nn.Module) -> bool:
-    """Whether PEFT has put this module around one of the model's own (`modules_to_save` have the other name)."""
-    return "base_layer" in module._modules or "original_module" in module._modules
+def _wrapped_by_peft(module: nn.Module) -> nn.Module | None:
+    """The module inside, if PEFT has made this one: for `target_modules`, `modules_to_save`, single tokens."""
+    inner = (module._modules.get(name) for name in ("base_layer", "original_module", "token_adapter"))
+    return next((found for found in inner if found is not None), None)
 
 
 def _checkpoints(model: nn.Module) -> bool:
