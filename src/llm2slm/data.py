@@ -164,9 +164,9 @@ class DataCollatorForLLM2SLM:
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
             The model to train. `SFTTrainer` needs it, and so does `Seq2SeqTrainer` for `label_smoothing_factor` and
             `compute_loss_func`: the batch then has `decoder_input_ids`, `decoder_attention_mask` and `shift_labels`
-            too. `logits[:, i]` predicts `labels[:, i]`, but in batches for `SFTTrainer`, which is known by the tag it
-            puts on the model, they are as in all of TRL: `logits[:, i]` predicts `labels[:, i + 1]`, and each row of
-            `labels` begins with -100. Label smoothing and an own `compute_loss_func` or `compute_metrics` meet them so.
+            too. `SFTTrainer`, known by the tag that it puts on the model, gets `labels` as in all of TRL, each row
+            beginning with -100: `logits[:, i]` predicts `labels[:, i + 1]`, and so its label smoothing,
+            `compute_loss_func` and `compute_metrics` meet them. Everywhere else `logits[:, i]` predicts `labels[:, i]`.
         pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
@@ -196,10 +196,10 @@ class DataCollatorForLLM2SLM:
     def _check_tokenized_apart(self, columns: dict[str, list]):
         pairs = list(zip(columns["input_ids"], columns["labels"], strict=True))
         # Where one tokenizer makes both, a response may be its prompt, but not every one of a batch.
-        only_copy = self.model is not None and self.model.config.shared_tokenizer and len(pairs) == 1
+        may_be_equal = self.model is None or (self.model.config.shared_tokenizer and len(pairs) == 1)
         if any(len(response) and response[0] == -100 for _, response in pairs):
             found = "begin with -100"
-        elif not only_copy and all(list(prompt) == list(response) for prompt, response in pairs):
+        elif not may_be_equal and all(list(prompt) == list(response) for prompt, response in pairs):
             found = "are the `input_ids`"
         else:
             return

@@ -603,7 +603,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             num_items_in_batch (`int`, *optional*):
                 Number of labels in the whole batch that the Trainer accumulates; the loss is then their sum by it.
             shift_labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*):
-                In a batch for a trainer, which also has `decoder_input_ids`: what the loss is of, in place of `labels`.
+                In a batch for a trainer, with `decoder_input_ids`: what the loss is of, in place of `labels`.
 
         Returns:
             `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
