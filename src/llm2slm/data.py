@@ -166,7 +166,7 @@ class DataCollatorForLLM2SLM:
             `compute_loss_func`: the batch then has `decoder_input_ids`, `decoder_attention_mask` and `shift_labels`
             too. `SFTTrainer`, known by the tag that it puts on the model, gets `labels` as in all of TRL, each row
             beginning with -100: `logits[:, i]` predicts `labels[:, i + 1]`, and so its label smoothing,
-            `compute_loss_func` and `compute_metrics` meet them. Everywhere else `logits[:, i]` predicts `labels[:, i]`.
+            `compute_loss_func` and `compute_metrics` meet them. Elsewhere `logits[:, i]` predicts `labels[:, i]`.
         pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
