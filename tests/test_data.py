@@ -180,6 +180,31 @@ def test_with_the_model_a_batch_has_what_the_decoder_is_fed(tokenizer, slm):
     torch.testing.assert_close(model(**batch).loss, expected)
 
 
+@pytest.mark.parametrize(("multiple", "length"), [(None, 5), (4, 8)])
+def test_a_batch_for_sft_trainer_has_labels_that_it_may_shift(tokenizer, multiple, length):
+    model = build_model(slm="llama")
+    model.add_model_tags(["trl", "sft"])  # as SFTTrainer does
+    batch = DataCollatorForLLM2SLM(tokenizer, model=model, pad_to_multiple_of=multiple)(ROWS)
+    padding = [-100] * (length - 5)
+    assert batch["labels"].tolist() == [[-100, 7, EOS, -100, -100, *padding], [-100, 9, 10, 11, EOS, *padding]]
+    assert batch["shift_labels"][:, :-1].equal(batch["labels"][:, 1:])
+    assert batch["decoder_input_ids"][:, 1:5].tolist() == [[7, EOS, 0, 0], [9, 10, 11, EOS]]
+    assert batch["decoder_attention_mask"].sum(dim=1).tolist() == [3, 5]
+    expected = model(**DataCollatorForLLM2SLM(tokenizer)(ROWS))
+    found = model(**batch)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits[1, 1:5], expected.logits[1])
+
+
+def test_one_response_may_be_its_prompt_where_one_tokenizer_makes_both(tokenizer):
+    rows = [{"input_ids": [7, EOS], "labels": [7, EOS]}]
+    model = build_model(shared_tokenizer=True)
+    assert DataCollatorForLLM2SLM(tokenizer, model=model)(rows)["labels"].tolist() == [[7, EOS]]
+    assert DataCollatorForLLM2SLM(tokenizer)(rows)["labels"].tolist() == [[7, EOS]]
+    with pytest.raises(ValueError, match="`labels` that are the `input_ids` are SFTTrainer's own"):
+        DataCollatorForLLM2SLM(tokenizer, model=build_model())(rows)
+
+
 def test_text_is_tokenized_as_beforehand(tokenizer):
     rows = pairs(["w1 w2", "w3"], ["ab", "c"])
     tokenized = tokenize_pairs(rows, tokenizer, 16, 16)

@@ -73,7 +73,7 @@ def make_trainer(trainer_class, model, dataset, folder, callbacks=None, optimize
         "gradient_checkpointing": False,
     }
     eval_dataset, own = arguments.pop("eval_dataset", None), {}
-    for name in ("peft_config", "compute_metrics"):
+    for name in ("peft_config", "compute_metrics", "compute_loss_func"):
         if name in arguments:
             own[name] = arguments.pop(name)
     return trainer_class(
@@ -309,6 +309,136 @@ def test_the_view_without_the_head_has_no_parameters_and_is_no_part_of_the_model
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     assert model(**padded(build_prompts()), labels=build_labels()).loss.requires_grad
+
+
+@both_trainers
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_reentrant_checkpointing_trains_adapters_alike(trainer_class, slm, tokenized, tmp_path):
+    def train(**arguments):
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=r"slm\..*\.(q|v|q_proj|v_proj)", init_lora_weights=False)
+        adapted = get_peft_model(build_model(slm=slm), config)
+        arguments |= {"optim": "sgd", "learning_rate": 0.1}
+        trainer = make_trainer(trainer_class, adapted, tokenized, tmp_path, **arguments)
+        trainer.train()
+        return losses(trainer), weights(adapted)
+
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert_same_training(train(**reentrant), train())
+
+
+# ------------------------------------------------------------------------------- what a trainer does with the labels
+def shifts_labels(trainer_class) -> bool:
+    """Whether a trainer's own labels are one position ahead of the logits, as in all of TRL."""
+    return trainer_class is SFTTrainer
+
+
+def aligned(trainer_class, logits, labels):
+    return (logits[:, :-1], labels[:, 1:]) if shifts_labels(trainer_class) else (logits, labels)
+
+
+def first_logits(dataset, slm):
+    """Log-probabilities and labels of the first four examples, as the model itself aligns them."""
+    model, batch = build_model(slm=slm), DataCollatorForLLM2SLM(TOKENIZER)([dataset[i] for i in range(4)])
+    with torch.no_grad():
+        log_probs = model(**batch).logits.log_softmax(dim=-1)
+    return log_probs[batch["labels"] != -100], batch["labels"][batch["labels"] != -100]
+
+
+@both_trainers
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_labels_are_smoothed_where_they_stand(trainer_class, slm, tokenized, tmp_path):
+    log_probs, labels = first_logits(tokenized, slm)
+    true_class = log_probs.gather(1, labels[:, None]).mean()
+    rows = tokenized.select(range(4))
+    found = trained_weights(trainer_class, rows, tmp_path, slm, label_smoothing_factor=0.3, max_steps=1)
+    assert found[0] == pytest.approx([-(0.7 * true_class + 0.3 * log_probs.mean()).item()], abs=1e-4)
+    other = Seq2SeqTrainer if trainer_class is SFTTrainer else SFTTrainer
+    assert_same_training(found, trained_weights(other, rows, tmp_path, slm, label_smoothing_factor=0.3, max_steps=1))
+
+
+@both_trainers
+def test_a_loss_of_ones_own_trains_like_the_models(trainer_class, tokenized, tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        logits, labels = aligned(trainer_class, outputs.logits, labels)
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / num_items_in_batch
+
+    expected = trained_weights(trainer_class, tokenized, tmp_path)
+    assert_same_training(trained_weights(trainer_class, tokenized, tmp_path, compute_loss_func=loss), expected)
+
+
+@both_trainers
+@pytest.mark.parametrize("slm", ["t5", "gpt2"])
+def test_metrics_meet_the_logits_of_their_labels(trainer_class, slm, tokenized, tmp_path):
+    def accuracy(output):
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        logits, labels = aligned(trainer_class, logits, output.label_ids)
+        return {"accuracy": (logits.argmax(-1) == labels)[labels != -100].mean()}
+
+    log_probs, labels = first_logits(tokenized, slm)
+    rows = tokenized.select(range(4))
+    arguments = {"eval_dataset": rows, "compute_metrics": accuracy}
+    trainer = make_trainer(trainer_class, build_model(slm=slm), rows, tmp_path, **arguments)
+    expected = (log_probs.argmax(-1) == labels).float().mean().item()
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
+
+
+def test_the_dft_loss_weights_each_token_by_its_probability(tokenized, tmp_path):
+    log_probs, labels = first_logits(tokenized, "llama")
+    log_probs = log_probs.gather(1, labels[:, None])
+    found = trained_weights(SFTTrainer, tokenized.select(range(4)), tmp_path, "llama", loss_type="dft", max_steps=1)
+    assert found[0] == pytest.approx([-(log_probs * log_probs.exp()).mean().item()], abs=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.2}])
+def test_a_model_that_sft_trainer_had_trains_in_seq2seq_trainer_like_a_new_one(arguments, tokenized, tmp_path):
+    arguments |= {"optim": "sgd", "learning_rate": 0.1}
+    had = build_model()
+    make_trainer(SFTTrainer, had, tokenized, tmp_path)
+    found = []
+    for model in (had, build_model()):
+        trainer = make_trainer(Seq2SeqTrainer, model, tokenized, tmp_path, **arguments)
+        trainer.train()
+        found.append((losses(trainer), weights(model)))
+    assert_same_training(*found)
+
+
+def test_a_trainer_that_keeps_the_labels_needs_the_model_in_the_collator(tokenized, tmp_path):
+    trainer = make_trainer(Seq2SeqTrainer, build_model(), tokenized, tmp_path, label_smoothing_factor=0.1)
+    trainer.data_collator = DataCollatorForLLM2SLM(TOKENIZER)
+    with pytest.raises(
+        ValueError, match=r"keeps `labels`.*needs `data_collator=DataCollatorForLLM2SLM\(tokenizer, mo"
+    ):
+        trainer.train()
+
+
+@both_trainers
+def test_noise_on_token_embeddings_is_refused(trainer_class, tokenized, tmp_path):
+    trainer = make_trainer(trainer_class, build_model(), tokenized, tmp_path, neftune_noise_alpha=5.0)
+    with pytest.raises(ValueError, match="`neftune_noise_alpha` puts noise on token embeddings.*leave it out"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("packed", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_batches_without_padding_are_refused(packed, tokenized, tmp_path):
+    with pytest.raises(ValueError, match="custom data collator is not supported when using padding-free"):
+        make_trainer(SFTTrainer, build_model(), tokenized, tmp_path, **packed)
+
+
+def test_a_text_that_sft_trainer_takes_for_its_own_answer_is_refused(pairs, tmp_path):
+    trainer = make_trainer(SFTTrainer, build_model(), pairs, tmp_path, completion_only_loss=False)
+    with pytest.raises(ValueError, match="that are the `input_ids` are SFTTrainer's own.*`tokenize_pairs` first"):
+        trainer.train()
+
+
+def test_sft_trainer_needs_a_head_without_adapted_tokens(tokenized, tmp_path):
+    adapted = get_peft_model(
+        build_model(slm="gpt2"), LoraConfig(target_modules=["c_proj"], trainable_token_indices=[5])
+    )
+    make_trainer(Seq2SeqTrainer, adapted, tokenized, tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match="`trainable_token_indices` of an SLM with tied embeddings.*Seq2SeqTrainer"):
+        make_trainer(SFTTrainer, adapted, tokenized, tmp_path).train()
 
 
 # ---------------------------------------------------------------------------------------------------------- data sets

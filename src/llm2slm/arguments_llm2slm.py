@@ -96,7 +96,11 @@ def num_prompts(*prompts) -> int | None:
 def check_response(name: str, ids: torch.Tensor | None, num_prompts: int | None) -> None:
     """Raises a `ValueError` unless `ids` are of shape `(num_prompts, response_length)`."""
     if ids is None:
-        raise ValueError("Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`.")
+        raise ValueError(
+            "Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`. A trainer that keeps "
+            "`labels` for a loss of its own (`label_smoothing_factor`, `compute_loss_func`) needs "
+            "`data_collator=DataCollatorForLLM2SLM(tokenizer, model=model)`."
+        )
     if ids.ndim != 2 or ids.shape[1] == 0 or (num_prompts is not None and len(ids) != num_prompts):
         batch_size = "batch_size" if num_prompts is None else num_prompts
         raise ValueError(

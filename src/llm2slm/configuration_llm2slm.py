@@ -138,7 +138,7 @@ class LLM2SLMConfig(PretrainedConfig):
         for name in SLM_TOKENS:  # given or not, they are the SLM's
             kwargs.setdefault(name, getattr(self, name))
         kwargs.setdefault("is_encoder_decoder", True)
-        kwargs.setdefault("tie_word_embeddings", False)  # the sub-models tie their own
+        kwargs["tie_word_embeddings"] = self.tie_word_embeddings  # Transformers 4 sets what it is not given
         super().__init__(**kwargs)
 
     def _validate_choices(self):
@@ -266,6 +266,15 @@ class LLM2SLMConfig(PretrainedConfig):
         """The SLM's: `labels` and generated ids are below it."""
         return self.slm_config.get_text_config().vocab_size
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the SLM's head is its token embeddings: what PEFT asks before it adapts one of them."""
+        return getattr(self.slm_config, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool):
+        self.slm_config.tie_word_embeddings = value
+
     def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
         """The SLM's configuration, or the LLM's if only the encoder's is asked for."""
         if encoder and not decoder:
@@ -279,6 +288,7 @@ class LLM2SLMConfig(PretrainedConfig):
             if isinstance(output.get(part), dict):
                 output[part].pop("_name_or_path", None)
         output |= {name: getattr(self, name) for name in SLM_TOKENS}
+        output["tie_word_embeddings"] = self.tie_word_embeddings
         output["auto_map"] = dict(AUTO_MAP)
         output["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         return output

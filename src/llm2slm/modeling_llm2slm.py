@@ -16,6 +16,7 @@ import copy
 import functools
 import inspect
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -289,6 +290,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
     # --------------------------------------------------------------------------------------------- frozen, whatever
     def train(self, mode: bool = True):
         """Sets projector and SLM to training mode; the frozen LLM stays in eval mode."""
+        self._take_adapters_out_of_llm()
         super().train(mode)
         if self.llm is not None:
             self.llm.eval()
@@ -310,6 +312,47 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             return super()._apply(fn, recurse)
         finally:
             self._modules["llm"] = llm
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "peft_config" and self.llm is not None:  # PEFT sets it once its layers are in
+            self._take_adapters_out_of_llm()
+            if all(_wrapped_by_peft(module) is None for module in self.modules()):
+                raise ValueError(
+                    "The LLM is frozen, and `target_modules` match layers of it alone: choose the SLM's, such as "
+                    r"`r'slm\..*\.(q_proj|v_proj)'`."
+                )
+
+    def _take_adapters_out_of_llm(self):
+        """PEFT finds layers by their names, in the frozen LLM too, where adapters would get no gradient."""
+        if self.llm is None:
+            return
+        self.llm.requires_grad_(False)  # `bias="all"` unfreezes some
+        wrappers = [name for name, module in self.llm.named_modules() if _wrapped_by_peft(module) is not None]
+        outermost = [name for name in wrappers if not name.startswith(tuple(f"{other}." for other in wrappers))]
+        for name in outermost:
+            module = self.llm.get_submodule(name)
+            while (inner := _wrapped_by_peft(module)) is not None:
+                module = inner
+            parent, _, child = name.rpartition(".")
+            setattr(self.llm.get_submodule(parent), child, module)
+        if outermost:
+            warnings.warn(
+                f"The LLM is frozen: PEFT's layers were taken out of it again ({len(outermost)}, the first at "
+                f"'llm.{outermost[0]}'). To match the SLM's alone write, e.g., "
+                r"`target_modules=r'slm\..*\.(q_proj|v_proj)'`, or pass `exclude_modules=r'llm\..*'`.",
+                stacklevel=2,
+            )
+
+    @property
+    def _tied_weights_keys(self):
+        """The SLM's, by their names here: a mapping in Transformers 5, in 4 a list of how names end. PEFT reads it."""
+        keys = self.slm._tied_weights_keys
+        if isinstance(keys, dict):
+            return {f"slm.{target}": f"slm.{source}" for target, source in keys.items()}
+        ends = tuple(f".{key.removesuffix('.weight')}" for key in keys or ())
+        names = (f"slm.{name}" for name, _ in self.slm.named_modules(remove_duplicate=False))
+        return [f"{name}.weight" for name in names if name.endswith(ends)]
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
@@ -559,6 +602,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput | tuple:
         r"""
@@ -579,6 +623,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 An already encoded prompt; the LLM and the projector are not run.
             num_items_in_batch (`int`, *optional*):
                 Number of labels in the whole batch that the Trainer accumulates; the loss is then their sum by it.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*):
+                In a batch for a trainer, with `decoder_input_ids`: what the loss is of, in place of `labels`.
 
         Returns:
             `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
@@ -591,9 +637,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-        # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and these two.
-        if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
-            raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
+        # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and `use_cache`.
+        if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache"}:
+            raise TypeError(
+                f"`forward` got unexpected arguments: {sorted(unknown)}. (PEFT's prompt tuning and prefix tuning pass "
+                "some, since they write into the prompt: adapt the SLM's layers instead, e.g. with LoRA.)"
+            )
+        if self.training and getattr(self.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+            raise ValueError(
+                "`neftune_noise_alpha` puts noise on token embeddings, but the SLM reads the prompt as projections of "
+                "the LLM's states: leave it out."
+            )
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
         rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
@@ -606,6 +660,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         check_response("decoder_input_ids", decoder_input_ids, rows)
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        if self.training and torch.is_grad_enabled() and not embeds.requires_grad and _checkpoints(self.slm):
+            # Reentrant checkpointing gives no gradient to adapters behind inputs that need none.
+            # `enable_input_require_grads` sees to token embeddings, which the prompt does not pass.
+            embeds.requires_grad_()
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
                 inputs_embeds=embeds,
@@ -622,8 +680,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
             )
         if labels is not None:
-            loss = _response_loss(output.logits, labels, num_items_in_batch)
+            targets = labels if shift_labels is None else shift_labels
+            loss = _response_loss(output.logits, targets, num_items_in_batch)
             output = Seq2SeqLMOutput(loss=loss, **output)
+        if shift_labels is not None and kwargs.get("use_cache") is None and "sft" in (self.model_tags or ()):
+            # A batch for SFTTrainer (see DataCollatorForLLM2SLM), but not from it, since its calls say `use_cache`:
+            # another trainer of the same model does not shift `labels`.
+            output["logits"] = output.logits.roll(1, dims=1)
         return output if return_dict else output.to_tuple()
 
     def _decoder_only_forward(
@@ -716,6 +779,11 @@ class LLM2SLMBackbone(nn.Module):
                 f"SFTTrainer computes the loss from the head's weights alone, but {type(model.slm).__name__} adds "
                 "`final_logits_bias` to what they give: train it with Seq2SeqTrainer."
             )
+        if getattr(model.get_output_embeddings(), "token_adapter", None) is not None:
+            raise ValueError(
+                "SFTTrainer computes the loss from the head's weights alone, but `trainable_token_indices` of an SLM "
+                "with tied embeddings puts a layer of PEFT around the head: train it with Seq2SeqTrainer."
+            )
         entering = []
         head = model.get_output_embeddings()
 
@@ -782,6 +850,17 @@ def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
 def response_mask(labels: torch.Tensor) -> torch.Tensor:
     """The `decoder_attention_mask` of `labels`: position i is fed label i - 1, the first the start token."""
     return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
+
+
+def _wrapped_by_peft(module: nn.Module) -> nn.Module | None:
+    """The module inside, if PEFT has made this one: for `target_modules`, `modules_to_save`, single tokens."""
+    inner = (module._modules.get(name) for name in ("base_layer", "original_module", "token_adapter"))
+    return next((found for found in inner if found is not None), None)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _longest(mask: torch.Tensor) -> int:

@@ -162,8 +162,11 @@ class DataCollatorForLLM2SLM:
     Args:
         tokenizer ([`LLM2SLMTokenizer`]): Pads the prompts on its LLM tokenizer's side.
         model ([`LLM2SLMForConditionalGeneration`], *optional*):
-            The model to train. `SFTTrainer` needs it, and so does `Seq2SeqTrainer` for `label_smoothing_factor`: the
-            batch then has `decoder_input_ids`, `decoder_attention_mask` and `shift_labels` too.
+            The model to train. `SFTTrainer` needs it, and so does `Seq2SeqTrainer` for `label_smoothing_factor` and
+            `compute_loss_func`: the batch then has `decoder_input_ids`, `decoder_attention_mask` and `shift_labels`
+            too. `SFTTrainer`, known by the tag that it puts on the model, gets `labels` as in all of TRL, each row
+            beginning with -100: `logits[:, i]` predicts `labels[:, i + 1]`, and so its label smoothing,
+            `compute_loss_func` and `compute_metrics` meet them. Elsewhere `logits[:, i]` predicts `labels[:, i]`.
         pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
@@ -183,28 +186,42 @@ class DataCollatorForLLM2SLM:
         pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         batch = dict(pad([{"input_ids": ids} for ids in columns["input_ids"]]))
         if "labels" in columns:
+            self._check_tokenized_apart(columns)
             batch |= self._response(columns["labels"])
         if "prompt_hidden_states" in columns:
             states = [torch.as_tensor(row) for row in columns["prompt_hidden_states"]]
             batch["prompt_hidden_states"] = _pad_states(states, batch["attention_mask"])
         return batch
 
+    def _check_tokenized_apart(self, columns: dict[str, list]):
+        pairs = list(zip(columns["input_ids"], columns["labels"], strict=True))
+        # Where one tokenizer makes both, a response may be its prompt, but not every one of a batch.
+        may_be_equal = self.model is None or (self.model.config.shared_tokenizer and len(pairs) == 1)
+        if any(len(response) and response[0] == -100 for _, response in pairs):
+            found = "begin with -100"
+        elif not may_be_equal and all(list(prompt) == list(response) for prompt, response in pairs):
+            found = "are the `input_ids`"
+        else:
+            return
+        raise ValueError(
+            f"`labels` that {found} are SFTTrainer's own: it tokenized prompt and completion as one sequence of one "
+            "tokenizer. Tokenize the data set with `tokenize_pairs` first, or leave it to this collator: "
+            "`SFTConfig(remove_unused_columns=False, dataset_kwargs={'skip_prepare_dataset': True})`."
+        )
+
     def _response(self, labels: list) -> dict[str, torch.Tensor]:
         if empty := [row for row, ids in enumerate(labels) if len(ids) == 0]:
             raise ValueError(f"Example {empty[0]} of the batch has no `labels`: its response is empty.")
         rows = [torch.as_tensor(ids) for ids in labels]
-        if any(row[0] == -100 for row in rows):
-            raise ValueError(
-                "`labels` that begin with -100 are SFTTrainer's own: it tokenized prompt and completion as one "
-                "sequence of one tokenizer. Tokenize the data set with `tokenize_pairs` first, or leave it to this "
-                "collator: `SFTConfig(remove_unused_columns=False, dataset_kwargs={'skip_prepare_dataset': True})`."
-            )
         padded = pad_sequence(rows, batch_first=True, padding_value=-100)  # (batch_size, response_length)
-        padded = F.pad(padded, (0, -padded.shape[1] % (self.pad_to_multiple_of or 1)), value=-100)
+        for_sft = self.model is not None and "sft" in (self.model.model_tags or ())
+        length = padded.shape[1] + for_sft
+        length += -length % (self.pad_to_multiple_of or 1)
+        padded = F.pad(padded, (0, length - padded.shape[1]), value=-100)
         if self.model is None:
             return {"labels": padded}
         return {
-            "labels": padded,
+            "labels": padded.roll(1, dims=1) if for_sft else padded,
             "shift_labels": padded,
             "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(padded),
             "decoder_attention_mask": response_mask(padded),
