@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from llm2slm.arms import load_tokenizer
-from llm2slm.loading_llm2slm import load_slm
+from llm2slm.loading_llm2slm import load_slm, load_tokenizer
 from llm2slm.pairs import load_pairs
 from llm2slm.report import machine, versions
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llm2slm.arms import load_tokenizer
-from llm2slm.loading_llm2slm import load_slm, without_head
+from llm2slm.loading_llm2slm import load_slm, load_tokenizer, without_head
 from llm2slm.pairs import load_pairs
 from llm2slm.report import machine, versions
 

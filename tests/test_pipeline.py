@@ -148,10 +148,10 @@ def test_a_text_can_be_streamed_while_it_is_written(generate, tokenizer, capsys)
     assert capsys.readouterr().out.strip() == response["generated_text"].strip() != ""
 
 
-def test_texts_are_put_into_the_form_of_the_training_and_chats_are_not(generate, model, expected):
+def test_texts_are_put_into_the_form_of_the_training_and_chats_are_not(generate, tokenizer, expected):
     in_form, chat = expected("so w1 w2 w3 {} w0"), generate(CHATS[0], **LENGTH)
     assert in_form != expected(TEXTS[0])
-    model.config.prompt_format = "so {prompt} {{}} w0"
+    tokenizer.prompt_format = "so {prompt} {{}} w0"
     assert generate(TEXTS[0], **LENGTH) == [in_form]
     assert generate(CHATS[0], **LENGTH) == chat
 

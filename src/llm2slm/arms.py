@@ -21,7 +21,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data import DataCollatorForLLM2SLM, tokenize_pairs
 from .features import cache_prompt_features
 from .frozen_head import read_states_in_one_piece
-from .loading_llm2slm import load_slm, max_positions, split_gguf
+from .loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .pairs import format_of_text, load_pairs
 from .starts import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
@@ -73,7 +73,10 @@ def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, token
     limits = {"prompt_max_length": options.prompt_max_length, "response_max_length": options.response_max_length}
     examples = {}
     for split, rows in pairs.items():
-        examples[split] = tokenize_pairs(rows, two_sided, **limits, truncate=options.truncate)
+        # The pairs were put into `prompt_format` when they were read: only there are all columns of it.
+        examples[split] = tokenize_pairs(
+            rows, two_sided, **limits, truncate=options.truncate, apply_prompt_format=False
+        )
         examples[split] = examples[split].map(_count, desc="Counting")
         _check_positions(model.config, examples[split], split)
     if not model.config.is_encoder_decoder:
@@ -150,7 +153,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         return
     if options.llm_tokenizer == "trimmed":
         llm_tokenizer = limit_tokenizer(llm_tokenizer, slm_tokenizer)
-    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer, format_of_text(options.prompt_format))
     model = compose(options, slm, token_ids)
     if options.start == "zero":
         start_at_zero(model)
@@ -208,7 +211,9 @@ def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | 
     if token_ids is not None:
         name, gguf_file = split_gguf(options.llm, None)
         config = LLM2SLMConfig.from_sub_configs(
-            AutoConfig.from_pretrained(name, **_gguf(gguf_file)), slm.config, shared_tokenizer=True
+            AutoConfig.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {})),
+            slm.config,
+            shared_tokenizer=True,
         )
         token_mapping["shared_tokenizer"] = True
         if config.maps_prompt_tokens:
@@ -273,27 +278,6 @@ def texts_of(pairs: Dataset, tokenizer, prompts: bool) -> list[str]:
 
     read = map(prompt_text, pairs["prompt"]) if prompts else []
     return [*read, *map(contents, pairs["completion"])]
-
-
-def load_tokenizer(name: str):
-    """
-    The tokenizer of a model by name, folder or GGUF file. One without a padding token pads with its end token.
-
-    Raises:
-        OSError: if there is none.
-    """
-    folder, gguf_file = split_gguf(name, None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf(gguf_file))
-    except (OSError, ValueError) as error:
-        raise OSError(f"There is no tokenizer in {name!r}: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _gguf(gguf_file: str | None) -> dict[str, str]:
-    return {} if gguf_file is None else {"gguf_file": gguf_file}
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA

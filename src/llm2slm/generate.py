@@ -111,7 +111,7 @@ def generate_batch(
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): With its LLM loaded.
         tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
-        prompts (`list[str]`): The prompts, without the configuration's `prompt_format`.
+        prompts (`list[str]`): The prompts, which the tokenizer puts into its `prompt_format`.
         prompt_max_length (`int`, *optional*): Cuts prompts to this many tokens of the LLM.
         generate_kwargs: Arguments of `model.generate`.
 
@@ -119,7 +119,6 @@ def generate_batch(
         ValueError: if a prompt is longer than the LLM or the SLM takes.
     """
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
-    prompts = [model.config.format_prompt(prompt) for prompt in prompts]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
     ids = model.generate(**inputs, **generate_kwargs)  # (batch_size, response_length)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)

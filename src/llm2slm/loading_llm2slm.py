@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
+    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
@@ -68,6 +69,27 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
 def _config_kwargs(kwargs):
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def load_tokenizer(name, **kwargs):
+    """
+    Loads the tokenizer of one model by name, folder, GGUF file or `package:NAME`; `kwargs` are its `from_pretrained`'s.
+    One without a padding token pads with its end token.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if a folder has several GGUF files.
+    """
+    folder, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no tokenizer in {str(name)!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:
