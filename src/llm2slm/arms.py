@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .batches import LENGTH
 from .building import limit_tokenizer, make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
@@ -203,6 +210,23 @@ def load_start(options: TrainOptions, folder: Path) -> tuple[PreTrainedModel, Pr
         folder, dtype="float32", load_llm=not options.cache_features, llm_kwargs={"dtype": options.llm_dtype}
     )
     return model, LLM2SLMTokenizer.from_pretrained(folder)
+
+
+def set_generation(model: LLM2SLMForConditionalGeneration, max_new_tokens: int, num_beams: int) -> None:
+    """
+    Makes beam search, greedy with one beam, the way in which the checkpoint writes unless told otherwise. The length is
+    kept as `max_length`, which both `max_length` and `max_new_tokens` of a call override.
+    """
+    config, default = model.generation_config, GenerationConfig()
+    start_tokens = 1 if model.config.slm_config.is_encoder_decoder else 0  # `max_length` counts it
+    config.update(
+        max_length=max_new_tokens + start_tokens,
+        max_new_tokens=None,
+        num_beams=num_beams,
+        do_sample=False,
+        **{name: getattr(default, name) for name in ("temperature", "top_p", "top_k")},
+    )
+    config._from_model_config = False
 
 
 def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | None):

@@ -18,6 +18,9 @@ from typing import Any
 from .cli import add_loading_arguments, check_new_file, load_checkpoint, main, positive_int, write_aside
 
 
+MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
+
+
 def make_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `llm2slm generate`."""
     parser.add_argument(
@@ -44,9 +47,15 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--batch-size", type=positive_int, default=8, help="prompts at a time (default: %(default)s)")
     parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=128, help="tokens of a response at most (default: %(default)s)"
+        "--max-new-tokens",
+        type=positive_int,
+        help=f"tokens of a response at most (default: as the checkpoint says, {MAX_NEW_TOKENS} if it says nothing)",
     )
-    parser.add_argument("--num-beams", type=positive_int, help="beam search with this many beams")
+    parser.add_argument(
+        "--num-beams",
+        type=positive_int,
+        help="beam search with this many beams (default: as the checkpoint says; 1 with --stream or --do-sample)",
+    )
     parser.add_argument(
         "--do-sample",
         action=argparse.BooleanOptionalAction,
@@ -74,11 +83,16 @@ def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args)
 
     from tqdm.auto import tqdm
-    from transformers import TextStreamer, set_seed
+    from transformers import GenerationConfig, TextStreamer, set_seed
 
     model, tokenizer = load_checkpoint(args)
     names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
     generate_kwargs: dict[str, Any] = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    own, default = model.generation_config, GenerationConfig()
+    if own.max_new_tokens is None and own.max_length == default.max_length:
+        generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    if args.stream or args.do_sample:
+        generate_kwargs.setdefault("num_beams", 1)
     if args.stream:
         # An encoder-decoder SLM's first token is its start token.
         skip_start = model.config.slm_config.is_encoder_decoder
