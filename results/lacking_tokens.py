@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.pairs import load_pairs
-from llm2slm.report import versions
+from llm2slm.data.pairs import load_pairs
+from llm2slm.training.record import versions
 
 
 def main():
@@ -31,7 +31,7 @@ def main():
     for split in arguments.splits:
         prompts = load_pairs(arguments.data, split, arguments.prompt_format, None, None)["prompt"]
         lacking = [
-            model.prompt_token_map[tokenizer(prompt, apply_prompt_format=False, return_tensors="pt")["input_ids"][0]] < 0
+            model.prompt_token_map[tokenizer.encode(prompt, apply_prompt_format=False, return_tensors="pt")[0]] < 0
             for prompt in tqdm(prompts, desc=split)
         ]
         report["splits"][split] = {

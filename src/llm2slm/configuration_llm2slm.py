@@ -53,7 +53,7 @@ class LLM2SLMConfig(PretrainedConfig):
         projector_norm (`str`, *optional*, defaults to `"layer_norm"`):
             Normalisation of each LLM layer's states before the projector: `"layer_norm"`; `"standardize"`, each
             number less its mean and over its standard deviation, which are constants that
-            [`~llm2slm.starts.standardize_states`] measures; or `None`. The inner layers of a decoder-only LLM are
+            [`~llm2slm.building.standardize_states`] measures; or `None`. The inner layers of a decoder-only LLM are
             hundreds of times larger than its embeddings, and some of their numbers hundreds of times the others.
         llm_layer (`int` or `list[int]`, *optional*, defaults to -1):
             Which hidden states of the LLM are read, counted as in `output_hidden_states`: 0 is the input of the first
@@ -257,8 +257,25 @@ def _as_config(config) -> PretrainedConfig:
         return AutoConfig.for_model("t5")
     if isinstance(config, dict):
         fields = {k: v for k, v in config.items() if k != "model_type"}
-        return AutoConfig.for_model(config["model_type"], **fields)
+        config = AutoConfig.for_model(config["model_type"], **fields)
+        for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+            _read_rope_parameters(part)
     return config
+
+
+def _read_rope_parameters(config: PretrainedConfig):
+    """Transformers 5 writes `rope_parameters`. 4 does not read them: it would turn positions by its own defaults."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or not hasattr(config, "rope_theta"):  # a field of Transformers 4
+        return
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has one for each
+    if local is not None:
+        config.rope_local_base_freq = local["rope_theta"]
+    config.rope_theta = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        config.partial_rotary_factor = rope["partial_rotary_factor"]
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
 
 
 __all__ = ["LLM2SLMConfig"]

@@ -73,8 +73,8 @@ def _config_kwargs(kwargs):
 
 def load_tokenizer(name, **kwargs):
     """
-    Loads the tokenizer of one model by name, folder, GGUF file or `package:NAME`; `kwargs` are its `from_pretrained`'s.
-    One without a padding token pads with its end token.
+    Loads the tokenizer of one model by name, folder, GGUF file or `package:NAME`; `kwargs` are those of its
+    `from_pretrained`. One without a padding token pads with its end token.
 
     Raises:
         OSError: if there is none.

@@ -76,7 +76,7 @@ class PromptEncoding(ModelOutput):
 class LLM2SLMStandardization(nn.Module):
     """
     `(states - mean) / scale`, number by number, `(..., hidden_size)` as given: both are constants, measured once by
-    [`~llm2slm.starts.standardize_states`]. Until then it changes nothing.
+    [`~llm2slm.building.standardize_states`]. Until then it changes nothing.
     """
 
     mean: torch.Tensor
@@ -719,6 +719,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             changes.pop("transformers_version", None)
             generation_config.update(**changes)
         model_kwargs = generation_config.update(**kwargs)
+        if generation_config.max_new_tokens is not None and kwargs.get("max_length") is None:
+            generation_config.max_length = None  # the checkpoint's; one of a call beside it is worth a warning
         # 2. The Trainer passes the whole batch; the response is what is asked for here.
         for name in ("labels", "shift_labels", "decoder_input_ids", "decoder_attention_mask"):
             model_kwargs.pop(name, None)

@@ -18,10 +18,11 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
     [{'generated_text': '...'}]
     ```
 
-    Prompts are strings (which the tokenizer puts into its `prompt_format`), lists of strings, chats (lists of messages, put
-    through the LLM's chat template), lists of chats, or anything that iterates over them. Every other argument is one
-    of `generate`, but `truncation` and `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors`
-    (ids instead of text) and `clean_up_tokenization_spaces`.
+    Prompts are strings (which the tokenizer puts into its `prompt_format`), lists of strings, chats (lists of
+    messages, put through the LLM's chat template), lists of chats, or anything that iterates over them. Every other
+    argument is one of `generate`, whose defaults are the checkpoint's generation config, but `truncation` and
+    `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors` (ids instead of text) and
+    `clean_up_tokenization_spaces`.
     """
 
     _load_tokenizer = True

@@ -93,9 +93,9 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         r"""
-        Loads both tokenizers of a checkpoint. Takes what every `from_pretrained` takes, and `prompt_format` in place of
-        the checkpoint's, `None` for none. A checkpoint whose tokenizer says nothing about it has the `prompt_format` of
-        its config.json.
+        Loads both tokenizers of a checkpoint. Takes what every `from_pretrained` takes, and `prompt_format` in place
+        of the checkpoint's, `None` for none. A tokenizer that was saved without has the `prompt_format` of the model's
+        config.json beside it.
 
         Raises:
             OSError: if there is no checkpoint, or not both tokenizers in it.
@@ -156,8 +156,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     # ---------------------------------------------------------------------------------------------------- prompt side
     @property
     def prompt_format(self) -> str | None:
-        """
-        The form that texts are put into, such as `"{prompt}\\n"`, saved with the tokenizer; `None` for none. It can be
+        r"""
+        The form that texts are put into, such as `"{prompt}\n"`, saved with the tokenizer; `None` for none. It can be
         set; `tokenizer(text, apply_prompt_format=False)` leaves it out once.
         """
         return self.init_kwargs.get("prompt_format")  # which save, load and copy keep
@@ -207,7 +207,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         return self.llm_tokenizer.encode(text, text_pair, add_special_tokens, **kwargs)
 
     def tokenize(self, text, pair=None, add_special_tokens=False, *, apply_prompt_format=None, **kwargs) -> list[str]:
-        """Prompt tokens, of the text alone by default: neither special tokens nor `prompt_format` are put around it."""
+        """Prompt tokens, by default of the text alone: without special tokens and `prompt_format` around it."""
         text = self._in_format(text, pair, apply_prompt_format, add_special_tokens, **kwargs)
         return self.llm_tokenizer.tokenize(text, pair, add_special_tokens, **kwargs)
 
@@ -220,16 +220,16 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         texts = [text] if isinstance(text, str) else text
         if text_pair is not None or is_split_into_words or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(
-                f"`prompt_format` {self.prompt_format!r} is the form of one text: pairs and words have no place in it. "
-                "Pass each prompt as one string, or say `apply_prompt_format=False`."
+                f"`prompt_format` {self.prompt_format!r} is the form of one text: pairs and words have no place in "
+                "it. Pass each prompt as one string, or say `apply_prompt_format=False`."
             )
         texts = [self.prompt_format.format(prompt=prompt) for prompt in texts]
         return texts[0] if isinstance(text, str) else texts
 
     def decode_prompt(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
         """
-        The text of one prompt's ids, `prompt_format` included, by the LLM's tokenizer, where `decode` gives the text of
-        a response's ids, by the SLM's. For a batch: `tokenizer.llm_tokenizer.batch_decode`.
+        The text of one prompt's ids, `prompt_format` included, by the LLM's tokenizer; `decode` is for a response's,
+        by the SLM's. For a batch of prompts: `tokenizer.llm_tokenizer.batch_decode`.
         """
         return self.llm_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
