@@ -236,6 +236,29 @@ def test_formats_are_those_of_the_training_unless_the_options_say_others(folders
     assert a["data"]["fingerprint"] != b["data"]["fingerprint"]
 
 
+def test_a_checkpoint_reads_prompts_in_its_form_once_whoever_brings_them_into_it(folders, data, tmp_path):
+    found = {}
+    for name in ("plain", "formed", "recorded"):
+        shutil.copytree(folders["llm2slm_llama"], tmp_path / name)
+        tokenizer = LLM2SLMTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.prompt_format = None if name == "plain" else "{prompt} w0"
+        tokenizer.save_pretrained(tmp_path / name)
+    formats = {"prompt_format": "{prompt} w0", "completion_format": None}
+    (tmp_path / "recorded" / "run.json").write_text(json.dumps({"data": formats, "llm": None}))
+    for name, options in (
+        ("plain", ["--prompt-format", "{prompt} w0"]),
+        ("formed", []),
+        ("formed", ["--prompt-format", "{prompt} w0"]),
+        ("recorded", []),
+    ):
+        output = tmp_path / f"{len(found)}.json"
+        evaluate("--model", tmp_path / name, "--data", data, "--output", output, *options)
+        report, texts = read(output)
+        found[output] = (report["loss"], [text["response"] for text in texts])
+    plain, *others = found.values()
+    assert others == [plain] * 3
+
+
 def test_formats_of_a_checkpoint_amid_a_training_are_those_of_the_recipe_beside_it(folders, data, tmp_path):
     run = tmp_path / "run"
     load_slm(folders["causal"]).save_pretrained(run / "checkpoint-2")
