@@ -219,6 +219,15 @@ def test_an_adapters_frozen_head_multiplies_all_rows_at_once(folders):
     assert seen[0].is_contiguous() and not model.get_output_embeddings().weight.requires_grad
 
 
+def test_a_model_may_be_that_of_a_python_package(folders, data, tmp_path, monkeypatch):
+    shutil.copytree(folders["causal"], tmp_path / "packages" / "causal_in_a_package")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for model in (folders["causal"], "package:causal_in_a_package"):
+        evaluate("--model", model, "--data", data, "--output", tmp_path / f"{len(model)}.json")
+    (one, texts), (other, same_texts) = (read(path) for path in sorted(tmp_path.glob("*.json")))
+    assert one["loss"] == other["loss"] and texts == same_texts
+
+
 def test_formats_are_those_of_the_training_unless_the_options_say_others(folders, data, tmp_path):
     model = load_slm(folders["causal"])
     model.save_pretrained(tmp_path / "slm")

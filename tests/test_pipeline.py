@@ -156,6 +156,19 @@ def test_texts_are_put_into_the_form_of_the_training_and_chats_are_not(generate,
     assert generate(CHATS[0], **LENGTH) == chat
 
 
+@pytest.mark.parametrize("pipeline_class", [None, LLM2SLMText2TextGenerationPipeline], ids=["the task's", "ours"])
+def test_a_checkpoints_own_way_of_writing_is_the_default(model, tokenizer, pipeline_class):
+    tokenizer.prompt_format = "so {prompt} w0"
+    # Four, since the pipeline of Transformers 4 has four of its own, whatever the checkpoint says.
+    model.generation_config.update(max_length=24, num_beams=4, eos_token_id=None)
+    ids = model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), max_length=24, num_beams=4)
+    assert ids.shape[1] == 24
+    write = pipeline(TASK, model=model, tokenizer=tokenizer, pipeline_class=pipeline_class)
+    assert write(TEXTS[0]) == [{"generated_text": tokenizer.decode(ids[0], skip_special_tokens=True)}]
+    greedy = model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), **LENGTH)
+    assert write(TEXTS[0], **LENGTH) == [{"generated_text": tokenizer.decode(greedy[0], skip_special_tokens=True)}]
+
+
 @pytest.mark.parametrize("empty", ["", "  "])
 def test_an_empty_text_is_refused(generate, empty):
     with pytest.raises(ValueError, match="prompt is empty"):

@@ -5,19 +5,16 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import BOS, CHAT_TEMPLATE, EOS, PAD, build_llm, build_llm_tokenizer, build_model, build_slm_tokenizer
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
-import llm2slm
 from llm2slm import LLM2SLMConfig, LLM2SLMTokenizer
 
 PROMPTS = ["w1 w2 w3", "w4"]
 RESPONSES = ["a cat", "dog eats"]
-SOURCE = Path(llm2slm.__file__).parent
 
 
 def test_prompts_are_tokenized_by_the_llms_tokenizer(tokenizer, llm_tokenizer):
@@ -233,9 +230,6 @@ def test_the_form_is_loaded_without_the_package_and_from_old_checkpoints(formed,
     folders = [("new", {}), ("old", {}), ("old", {"subfolder": "sub"}), ("bare", {}), ("off", {})]
     folders += [("new", {"prompt_format": None}), ("bare", {"prompt_format": FORM})]
     without, within = [None, tokenizer.encode("w1")], [FORM, tokenizer.encode(in_form("w1"))]
-    for path in {tmp_path / name for name, _ in folders} | {tmp_path / "old" / "sub"}:
-        for code in ("tokenization", "configuration", "loading"):
-            (path / f"{code}_llm2slm.py").write_text((SOURCE / f"{code}_llm2slm.py").read_text())
     asked = json.dumps([(str(tmp_path / name), arguments) for name, arguments in folders])
     run = subprocess.run([sys.executable, "-c", LOAD, asked], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
