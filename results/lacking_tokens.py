@@ -31,7 +31,7 @@ def main():
     for split in arguments.splits:
         prompts = load_pairs(arguments.data, split, arguments.prompt_format, None, None)["prompt"]
         lacking = [
-            model.prompt_token_map[tokenizer(prompt, return_tensors="pt")["input_ids"][0]] < 0
+            model.prompt_token_map[tokenizer.encode(prompt, apply_prompt_format=False, return_tensors="pt")[0]] < 0
             for prompt in tqdm(prompts, desc=split)
         ]
         report["splits"][split] = {

@@ -60,7 +60,7 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
     rows = []
     for number, prompt in enumerate(tqdm(prompts, desc=dtype)):
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, apply_prompt_format=False, return_tensors="pt")
         ways = {
             "llm": lambda inputs=inputs: llm.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :],
             "lossless": lambda inputs=inputs: model.generate_lossless(**inputs, llm=llm, **settings),

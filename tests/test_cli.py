@@ -309,6 +309,34 @@ def test_generate_reads_standard_input(checkpoints, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_generate_puts_prompts_into_the_form_and_writes_as_the_checkpoint_says(checkpoint, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(checkpoint, own)
+    tokenizer = LLM2SLMTokenizer.from_pretrained(own)
+    tokenizer.prompt_format = "{prompt} w3"
+    tokenizer.save_pretrained(own)
+    settings = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(settings | {"max_length": 9, "num_beams": 3}))
+
+    def written(*options):
+        assert cli.main(["generate", "--model", str(own), "--prompt", "w1 w2", *options]) is None
+        return capsys.readouterr().out.splitlines()
+
+    assert written() == expected_responses(checkpoint, ["w1 w2 w3"], max_length=9, num_beams=3)
+    greedy = expected_responses(checkpoint, ["w1 w2 w3"], max_new_tokens=5)
+    assert written("--max-new-tokens", "5", "--num-beams", "1") == greedy
+    assert written("--max-new-tokens", "5", "--stream") == greedy  # beams cannot be shown
+    assert len(written("--do-sample", "--seed", "1")) == 1
+
+
+def test_generate_writes_up_to_128_tokens_where_the_checkpoint_says_no_length(checkpoints, capsys):
+    argv = ["generate", "--model", checkpoints["t5"], "--prompt", "w1 w2 w3"]
+    assert cli.main(argv) is None
+    assert capsys.readouterr().out.splitlines() == expected_responses(
+        checkpoints["t5"], ["w1 w2 w3"], max_new_tokens=128
+    )
+
+
 def test_same_seed_same_samples(checkpoints, capsys):
     argv = ["generate", "--model", checkpoints["llama"], "--do-sample", "--temperature", "2", "--top-p", "0.9"]
     outputs = []

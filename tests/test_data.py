@@ -50,6 +50,24 @@ def test_special_tokens_that_a_chat_template_writes_are_not_doubled(slm_tokenize
     assert rows[0]["input_ids"].count(BOS) == 1
 
 
+def test_texts_are_put_into_the_tokenizers_form_and_chats_are_not(tokenizer):
+    plain = tokenize_pairs(pairs(["w9 w1", "w9 w2"], ["ab", "c"]), tokenizer, 16, 16)
+    chats = pairs([chat("user", "w1"), chat("user", "w2")], ["ab", "c"])
+    chats_without = tokenize_pairs(chats, tokenizer, 16, 16)["input_ids"][:]
+    tokenizer.prompt_format = "w9 {prompt}"
+    rows = pairs(["w1", "w2"], ["ab", "c"])
+    found = tokenize_pairs(rows, tokenizer, 16, 16)
+    assert found["input_ids"][:] == plain["input_ids"][:] and found["labels"][:] == plain["labels"][:]
+    batch = DataCollatorForLLM2SLM(tokenizer)(rows.to_list())  # it does what the tokenization beforehand does
+    assert batch["input_ids"].tolist() == plain["input_ids"][:]
+    already = pairs(["w9 w1", "w9 w2"], ["ab", "c"])
+    assert (
+        tokenize_pairs(already, tokenizer, 16, 16, apply_prompt_format=False)["input_ids"][:] == plain["input_ids"][:]
+    )
+    assert tokenize_pairs(chats, tokenizer, 16, 16)["input_ids"][:] == chats_without
+    assert DataCollatorForLLM2SLM(tokenizer)(chats.to_list())["input_ids"].tolist() == chats_without
+
+
 # ------------------------------------------------------------------------------------------------------------- limits
 LONG = pairs(["w1 w2", "w1 " * 30, "w3", "w4 " * 20], ["ab", "a", "abcdefgh" * 3, "a" * 25])
 

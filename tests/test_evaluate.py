@@ -219,6 +219,15 @@ def test_an_adapters_frozen_head_multiplies_all_rows_at_once(folders):
     assert seen[0].is_contiguous() and not model.get_output_embeddings().weight.requires_grad
 
 
+def test_a_model_may_be_that_of_a_python_package(folders, data, tmp_path, monkeypatch):
+    shutil.copytree(folders["causal"], tmp_path / "packages" / "causal_in_a_package")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    for model in (folders["causal"], "package:causal_in_a_package"):
+        evaluate("--model", model, "--data", data, "--output", tmp_path / f"{len(model)}.json")
+    (one, texts), (other, same_texts) = (read(path) for path in sorted(tmp_path.glob("*.json")))
+    assert one["loss"] == other["loss"] and texts == same_texts
+
+
 def test_formats_are_those_of_the_training_unless_the_options_say_others(folders, data, tmp_path):
     model = load_slm(folders["causal"])
     model.save_pretrained(tmp_path / "slm")
@@ -234,6 +243,29 @@ def test_formats_are_those_of_the_training_unless_the_options_say_others(folders
     assert a["data"]["prompt_format"] == "{prompt} so" and a_texts[0]["prompt"] == "w1 w2 w3 so"
     assert (b_texts[0]["prompt"], b_texts[0]["completion"]) == ("w3 w2", "w1 w2 w3")
     assert a["data"]["fingerprint"] != b["data"]["fingerprint"]
+
+
+def test_a_checkpoint_reads_prompts_in_its_form_once_whoever_brings_them_into_it(folders, data, tmp_path):
+    found = {}
+    for name in ("plain", "formed", "recorded"):
+        shutil.copytree(folders["llm2slm_llama"], tmp_path / name)
+        tokenizer = LLM2SLMTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.prompt_format = None if name == "plain" else "{prompt} w0"
+        tokenizer.save_pretrained(tmp_path / name)
+    formats = {"prompt_format": "{prompt} w0", "completion_format": None}
+    (tmp_path / "recorded" / "run.json").write_text(json.dumps({"data": formats, "llm": None}))
+    for name, options in (
+        ("plain", ["--prompt-format", "{prompt} w0"]),
+        ("formed", []),
+        ("formed", ["--prompt-format", "{prompt} w0"]),
+        ("recorded", []),
+    ):
+        output = tmp_path / f"{len(found)}.json"
+        evaluate("--model", tmp_path / name, "--data", data, "--output", output, *options)
+        report, texts = read(output)
+        found[output] = (report["loss"], [text["response"] for text in texts])
+    plain, *others = found.values()
+    assert others == [plain] * 3
 
 
 def test_formats_of_a_checkpoint_amid_a_training_are_those_of_the_recipe_beside_it(folders, data, tmp_path):

@@ -18,6 +18,7 @@ from conftest import (
     response_tokens,
 )
 from transformers import GenerationConfig, LogitsProcessor, TextIteratorStreamer, TextStreamer, set_seed
+from transformers.utils import logging as transformers_logging
 
 from llm2slm import LLM2SLMForConditionalGeneration
 
@@ -192,6 +193,28 @@ def test_minimum_lengths_mean_the_response_whatever_the_prompts(model, prompt):
     assert lengths() == {start}
     assert lengths(min_new_tokens=5) == {start + 5}
     assert lengths(min_length=5) == {5}
+
+
+def test_a_checkpoints_own_length_is_a_default_that_both_kinds_of_length_override(fresh_model, caplog):
+    start = int(fresh_model.config.slm_config.is_encoder_decoder)
+    fresh_model.generation_config.update(max_length=6 + start, num_beams=2, eos_token_id=None)
+
+    def length(**kwargs):
+        return fresh_model.generate(**PROMPT, **kwargs).shape[1] - start
+
+    transformers_logging.enable_propagation()
+    try:
+        assert length() == 6
+        assert length(max_new_tokens=9) == 9 and length(max_new_tokens=3) == 3
+        assert length(max_length=8 + start) == 8
+        assert length(generation_config=GenerationConfig(max_new_tokens=4)) == 4
+        assert length(num_beams=1) == 6
+    finally:
+        transformers_logging.disable_propagation()
+    assert "max_new_tokens" not in caplog.text  # nothing to warn of
+    greedy = fresh_model.generate(**PROMPT, num_beams=1)
+    fresh_model.generation_config.num_beams = 1
+    assert greedy.equal(fresh_model.generate(**PROMPT))
 
 
 # -------------------------------------------------------------------------------------------------- generation configs

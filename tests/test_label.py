@@ -120,6 +120,13 @@ def test_a_fine_tuned_llm_reads_prompts_as_it_was_trained_to(folders, data, tmp_
     assert rows["prompt"][:] == PROMPTS  # as they were: a training's own prompt_format applies to them again
 
 
+def test_a_form_of_the_tokenizers_is_put_around_prompts_that_lack_it():
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer(), "{prompt} w0")
+    expected = build_llm_tokenizer()(["w1 w0"])["input_ids"]
+    assert label.encode(["w1"], tokenizer, "train", in_format=False) == expected
+    assert label.encode(["w1 w0"], tokenizer, "train", in_format=True) == expected
+
+
 def test_chats_are_answered_with_a_message(folders, tmp_path):
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     Dataset.from_dict({"prompt": chats}).save_to_disk(tmp_path / "data")

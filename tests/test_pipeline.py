@@ -148,12 +148,25 @@ def test_a_text_can_be_streamed_while_it_is_written(generate, tokenizer, capsys)
     assert capsys.readouterr().out.strip() == response["generated_text"].strip() != ""
 
 
-def test_texts_are_put_into_the_form_of_the_training_and_chats_are_not(generate, model, expected):
+def test_texts_are_put_into_the_form_of_the_training_and_chats_are_not(generate, tokenizer, expected):
     in_form, chat = expected("so w1 w2 w3 {} w0"), generate(CHATS[0], **LENGTH)
     assert in_form != expected(TEXTS[0])
-    model.config.prompt_format = "so {prompt} {{}} w0"
+    tokenizer.prompt_format = "so {prompt} {{}} w0"
     assert generate(TEXTS[0], **LENGTH) == [in_form]
     assert generate(CHATS[0], **LENGTH) == chat
+
+
+@pytest.mark.parametrize("pipeline_class", [None, LLM2SLMText2TextGenerationPipeline], ids=["the task's", "ours"])
+def test_a_checkpoints_own_way_of_writing_is_the_default(model, tokenizer, pipeline_class):
+    tokenizer.prompt_format = "so {prompt} w0"
+    # Four, since the pipeline of Transformers 4 has four of its own, whatever the checkpoint says.
+    model.generation_config.update(max_length=24, num_beams=4, eos_token_id=None)
+    ids = model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), max_length=24, num_beams=4)
+    assert ids.shape[1] == 24
+    write = pipeline(TASK, model=model, tokenizer=tokenizer, pipeline_class=pipeline_class)
+    assert write(TEXTS[0]) == [{"generated_text": tokenizer.decode(ids[0], skip_special_tokens=True)}]
+    greedy = model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), **LENGTH)
+    assert write(TEXTS[0], **LENGTH) == [{"generated_text": tokenizer.decode(greedy[0], skip_special_tokens=True)}]
 
 
 @pytest.mark.parametrize("empty", ["", "  "])

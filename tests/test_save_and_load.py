@@ -604,6 +604,32 @@ def test_vocabularies_resized_behind_the_pairs_back_are_not_saved(llm_folder, tm
     assert not (tmp_path / "pair").exists()
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+def test_positions_are_turned_alike_whichever_version_wrote_the_checkpoint(scaling):
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 9}
+    newer = {"model_type": "llama", **fields, "rope_parameters": {"rope_theta": 1e5, **scaling}}
+    older = {"model_type": "llama", **fields, "rope_theta": 1e5}
+    older |= {"rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    expected = 1e5 ** (-torch.arange(0, 16, 2) / 16) / scaling.get("factor", 1.0)
+    for part in (newer, older):
+        config = LLM2SLMConfig(llm_config=part, slm_config=part)
+        config = LLM2SLMConfig(**config.to_dict())
+        for sub_config in (config.llm_config, config.slm_config):
+            found = AutoModelForCausalLM.from_config(sub_config).model.rotary_emb.inv_freq
+            torch.testing.assert_close(found, expected)
+
+
+def test_gemma_3s_two_ways_of_turning_positions_are_read_too():
+    turns = {"sliding_attention": {"rope_type": "default", "rope_theta": 2e3}}
+    turns["full_attention"] = {"rope_type": "linear", "rope_theta": 3e5, "factor": 8.0}
+    config = LLM2SLMConfig(slm_config={"model_type": "gemma3_text", "rope_parameters": turns}).slm_config
+    if hasattr(config, "rope_theta"):  # Transformers 4
+        assert (config.rope_theta, config.rope_local_base_freq) == (3e5, 2e3)
+        assert config.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    else:
+        assert config.rope_parameters == turns
+
+
 # ------------------------------------------------------------------------------------------ outputs, frozen LLM, modes
 @pytest.mark.parametrize("slm", ["t5", "bart", "llama", "gpt2", "gemma3"])
 def test_hidden_states_and_attentions_are_those_of_the_response(slm):

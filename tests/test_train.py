@@ -19,10 +19,18 @@ from conftest import (
     build_slm_tokenizer,
     jitter,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Seq2SeqTrainer,
+)
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.cli import main as cli
+from llm2slm.data.pairs import format_of_text
+from llm2slm.training import setup
 from llm2slm.training.options import TrainOptions
 from llm2slm.training.setup import make_collator, with_lora
 
@@ -97,6 +105,58 @@ def logged_losses(recipe) -> dict[int, float]:
 
 def load(recipe):
     return LLM2SLMForConditionalGeneration.from_pretrained(recipe["output_dir"])
+
+
+# --------------------------------------------------------------------------------------------- the form of the prompts
+@pytest.mark.parametrize(
+    "prompt_format, kept", [("{prompt} w0", "{prompt} w0"), ("{completion} {prompt}", None), ("{prompt}", None)]
+)
+def test_prompts_are_read_in_the_form_of_the_recipe_once(files, prompt_format, kept):
+    options = TrainOptions(
+        data=str(files / "pairs.jsonl"),
+        train_split="train[:8]",
+        validation_split="none",
+        llm=str(files / "llm"),
+        slm=str(files / "llama"),
+        prompt_format=prompt_format,
+    )
+    llm_tokenizer, model = build_llm_tokenizer(), build_model(slm="llama")
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, build_slm_tokenizer(), format_of_text(prompt_format))
+    assert tokenizer.prompt_format == kept
+    found = setup.make_examples(options, setup.load_splits(options), model, tokenizer)["train"]
+    rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()[:8]]
+    assert found["input_ids"][:] == llm_tokenizer([prompt_format.format(**row) for row in rows])["input_ids"]
+    if kept:  # what its users write, it was trained on
+        assert found["input_ids"][:] == tokenizer([row["prompt"] for row in rows])["input_ids"]
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_a_training_leaves_the_form_and_the_way_of_writing_with_the_checkpoint(recipe, files, slm, capsys):
+    changes = {"slm": str(files / slm), "prompt_format": "{prompt} w0", "response_max_length": 30, "max_steps": 1}
+    assert train(recipe, vocab_size=None, hidden_size=None, num_hidden_layers=None, **changes) is None
+    model, tokenizer = load(recipe), LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
+    assert tokenizer.prompt_format == model.config.prompt_format == "{prompt} w0"
+    assert tokenizer.encode("w1") == tokenizer.encode("w1 w0", apply_prompt_format=False)
+    config, start = model.generation_config, int(slm == "t5")
+    assert (config.max_length, config.num_beams, config.do_sample) == (30 + start, 1, False)
+    config.eos_token_id = None
+    inputs = tokenizer("w1", return_tensors="pt")
+    assert model.generate(**inputs).equal(model.generate(**inputs, max_new_tokens=30, num_beams=1, do_sample=False))
+
+    beams = {"generation_num_beams": 3, "generation_max_length": 12, "output_dir": recipe["output_dir"] + "-beams"}
+    assert train(recipe, vocab_size=None, hidden_size=None, num_hidden_layers=None, **changes, **beams) is None
+    config = load(beams).generation_config
+    assert (config.max_length, config.num_beams) == (12 + start, 3)
+
+
+def test_the_way_of_writing_is_not_the_slms_own_sampling():
+    model = build_model(slm="llama")
+    model.generation_config.update(do_sample=True, temperature=0.3, top_p=0.5, top_k=7, max_new_tokens=5)
+    setup.set_generation(model, 9, 2)
+    config, default = model.generation_config, GenerationConfig()
+    assert (config.max_length, config.max_new_tokens, config.num_beams, config.do_sample) == (9, None, 2, False)
+    assert all(getattr(config, name) == getattr(default, name) for name in ("temperature", "top_p", "top_k"))
+    config.validate(strict=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the folder

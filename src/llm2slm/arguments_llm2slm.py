@@ -131,14 +131,22 @@ def read_arguments(
     use_model_defaults = True
     if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:  # Transformers 4
         use_model_defaults = kwargs.pop("use_model_defaults", None) is not False
-    config = copy.deepcopy(own)
+    config, changes = copy.deepcopy(own), dict[str, Any]()
     if given is not None:
         config = config if use_model_defaults else only_special_tokens(own)
         defaults = vars(GenerationConfig())
         for name, value in vars(given).items():
             if not name.startswith("_") and name != "transformers_version" and value != defaults.get(name):
-                setattr(config, name, copy.deepcopy(value))
+                changes[name] = copy.deepcopy(value)
+        for name, value in changes.items():
+            setattr(config, name, value)
     others = config.update(**kwargs)
+    # Of two lengths the call's is meant, or else the given config's; a call that gives both is warned by Transformers.
+    asked = next((said for said in (kwargs, changes) if said.get("max_length") or said.get("max_new_tokens")), {})
+    if asked.get("max_length") and not asked.get("max_new_tokens"):
+        config.max_new_tokens = None
+    elif config.max_new_tokens is not None and not asked.get("max_length"):
+        config.max_length = None
     # `slm.generate` fills what the config leaves open, unless it is told of it.
     others |= {name: None for name in SPECIAL_TOKENS if name in kwargs and kwargs[name] is None}
     return config, others

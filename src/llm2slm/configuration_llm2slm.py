@@ -3,6 +3,8 @@
 One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
 """
 
+from string import Formatter
+
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -71,8 +73,8 @@ class LLM2SLMConfig(PretrainedConfig):
             layer, `k` the output of layer `k`, -1 the last, after the final norm. States of several layers are
             concatenated. Layers above the highest one are neither run nor kept.
         prompt_format (`str`, *optional*):
-            What the model was trained to read for a text, such as `"{prompt}\n"`. The pipeline and `llm2slm generate`
-            put texts into it; a tokenizer does not, and chats have the LLM's template.
+            What the model was trained to read for a text, such as `"{prompt}\n"`: a record. It is the tokenizer that
+            puts texts into its own `prompt_format`, which is this one for a tokenizer saved without.
         llm_name_or_path (`str`, *optional*):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
@@ -89,7 +91,7 @@ class LLM2SLMConfig(PretrainedConfig):
 
     Raises:
         ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, an `llm_layer` the LLM does not
-            have, and a `prompt_format` without the prompt.
+            have, and a `prompt_format` without the prompt or with something else to fill in.
     """
 
     model_type = "llm2slm"
@@ -158,8 +160,7 @@ class LLM2SLMConfig(PretrainedConfig):
             raise ValueError(
                 f"`projector_hidden_size` must be a positive integer, got {self.projector_hidden_size!r}."
             )
-        if self.prompt_format is not None and "{prompt}" not in self.prompt_format:
-            raise ValueError(f"`prompt_format` must have {{prompt}} in it, got {self.prompt_format!r}.")
+        check_prompt_format(self.prompt_format)
         num_layers = self.llm_text_config.num_hidden_layers
         layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
         for layer in layers:
@@ -187,10 +188,6 @@ class LLM2SLMConfig(PretrainedConfig):
         fields = llm_config.to_dict()
         fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
         return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
-
-    def format_prompt(self, text: str) -> str:
-        """The text as the model was trained to read it."""
-        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
 
     pad_token_id = _slm_token("pad_token_id")
     eos_token_id = _slm_token("eos_token_id")
@@ -294,13 +291,42 @@ class LLM2SLMConfig(PretrainedConfig):
         return output
 
 
+def check_prompt_format(prompt_format: str | None):
+    """Raises a `ValueError` if a format of prompts has no place for the prompt, or one for something else."""
+    if prompt_format is None:
+        return
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(prompt_format) if field is not None]
+    except ValueError:  # a single brace
+        fields = []
+    if not fields or set(fields) != {"prompt"}:
+        raise ValueError(f"`prompt_format` must have {{prompt}} in it, and no other braces, got {prompt_format!r}.")
+
+
 def _as_config(config) -> PretrainedConfig:
     if config is None:
         return AutoConfig.for_model("t5")
     if isinstance(config, dict):
         fields = {k: v for k, v in config.items() if k != "model_type"}
-        return AutoConfig.for_model(config["model_type"], **fields)
+        config = AutoConfig.for_model(config["model_type"], **fields)
+        for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+            _read_rope_parameters(part)
     return config
+
+
+def _read_rope_parameters(config: PretrainedConfig):
+    """Transformers 5 writes `rope_parameters`. 4 does not read them: it would turn positions by its own defaults."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope or not hasattr(config, "rope_theta"):  # a field of Transformers 4
+        return
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has one for each
+    if local is not None:
+        config.rope_local_base_freq = local["rope_theta"]
+    config.rope_theta = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        config.partial_rotary_factor = rope["partial_rotary_factor"]
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
 
 
 __all__ = ["LLM2SLMConfig"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .arguments_llm2slm import stop_at_strings
 from .cli.main import device, load_checkpoint
-from .loading_llm2slm import load_slm, max_positions, split_gguf
+from .loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .training.frozen_head import read_states_in_one_piece
 
@@ -47,8 +47,8 @@ def load_system(args: argparse.Namespace, trained_llm: str | None) -> tuple[PreT
 
 def _load_any(args, trained_llm):
     _check_folder(args.model)
-    is_gguf = split_gguf(args.model, None)[1] is not None
-    if not is_gguf and find_adapter_config_file(args.model, revision=args.revision) is not None:
+    folder, gguf_file = split_gguf(args.model, None)
+    if gguf_file is None and find_adapter_config_file(folder, revision=args.revision) is not None:
         return _load_adapter(args, trained_llm)
     if _model_type(args.model, args.revision) == "llm2slm":
         return load_checkpoint(args)
@@ -92,21 +92,17 @@ def _load_language_model(name, args):
 
 
 def _load_tokenizer(name, revision):
-    folder, gguf_file = split_gguf(name, None)
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False, **gguf)
-    except (OSError, ValueError) as error:
-        raise OSError(f"There is no tokenizer in {name!r}: {error}") from error
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=False)
     return LLM2SLMTokenizer.from_tokenizers(tokenizer, tokenizer)
 
 
 def _model_type(name, revision):
     _check_folder(name)
-    if split_gguf(name, None)[1] is not None:  # reading the configuration out of a GGUF file takes seconds
+    folder, gguf_file = split_gguf(name, None)
+    if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds
         return None
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
+        return AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise OSError(f"There is no model {name!r}: {error}") from error
 

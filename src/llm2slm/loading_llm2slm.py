@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
+    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.utils import cached_file, is_gguf_available
@@ -119,6 +120,27 @@ def _disk_kwargs(auto_class, config, kwargs) -> dict:
         model = auto_class.from_config(copy.deepcopy(config))
     names = [*model._modules, *model._parameters, *model._buffers]
     return {**kwargs, "device_map": dict.fromkeys(names, "disk")}
+
+
+def load_tokenizer(name, **kwargs):
+    """
+    Loads the tokenizer of one model by name, folder, GGUF file or `package:NAME`; `kwargs` are those of its
+    `from_pretrained`. One without a padding token pads with its end token.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if a folder has several GGUF files.
+    """
+    folder, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
+    if gguf_file is not None:
+        kwargs["gguf_file"] = gguf_file
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no tokenizer in {str(name)!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def split_gguf(name, gguf_file) -> tuple[str, str | None]:

@@ -18,10 +18,11 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
     [{'generated_text': '...'}]
     ```
 
-    Prompts are strings (put into the configuration's `prompt_format`), lists of strings, chats (lists of messages, put
-    through the LLM's chat template), lists of chats, or anything that iterates over them. Every other argument is one
-    of `generate`, but `truncation` and `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors`
-    (ids instead of text) and `clean_up_tokenization_spaces`.
+    Prompts are strings (which the tokenizer puts into its `prompt_format`), lists of strings, chats (lists of
+    messages, put through the LLM's chat template), lists of chats, or anything that iterates over them. Every other
+    argument is one of `generate`, whose defaults are the checkpoint's generation config, but `truncation` and
+    `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors` (ids instead of text) and
+    `clean_up_tokenization_spaces`.
     """
 
     _load_tokenizer = True
@@ -69,13 +70,12 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         if isinstance(inputs, str):
             if not inputs.strip():
                 raise ValueError("The prompt is empty.")
-            inputs = self.model.config.format_prompt(inputs)
         else:  # a chat: a list of messages, or the Chat that Transformers 5 wraps around it
             messages = getattr(inputs, "messages", inputs)
             inputs = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
             )
-            tokenizer_kwargs["add_special_tokens"] = False  # the template brings them
+            tokenizer_kwargs["add_special_tokens"] = False  # nor `prompt_format`: the template brings all
         return dict(self.tokenizer(inputs, return_tensors="pt", **tokenizer_kwargs))
 
     def _forward(self, model_inputs, **generate_kwargs):

@@ -1,14 +1,22 @@
 """Two tokenizers, one object: prompts are read by the LLM's tokenizer, responses written by the SLM's.
 
-One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but transformers and its siblings, and works on both
+4.x and 5.x.
 """
 
 import copy
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import CONFIG_NAME, cached_file
+
+from .configuration_llm2slm import check_prompt_format
+from .loading_llm2slm import is_package, load_tokenizer
+
+if TYPE_CHECKING:  # Transformers 4 copies what this file itself imports, and no more
+    from .layers_llm2slm import without_head  # noqa: F401
 
 LLM_FOLDER = "llm_tokenizer"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -17,10 +25,13 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     """
     The SLM's tokenizer (ids, special tokens, `decode`, `text_target`) whose prompt side is the LLM's tokenizer
-    (`__call__`, `encode`, `pad`, chat templates).
+    (`__call__`, `encode`, `decode_prompt`, `pad`, chat templates).
 
     `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` of the prompts are set
     on `llm_tokenizer`.
+
+    A text is put into `prompt_format`, the form that the model was trained to read, before it is tokenized: never a
+    response, and never a chat, which has its template.
     """
 
     # No `__init__`: Transformers 5 takes apart a fast tokenizer whose class defines one, and loses its pre-tokenizer.
@@ -32,14 +43,30 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_tokenizers(
-        cls, llm_tokenizer: PreTrainedTokenizerBase, slm_tokenizer: PreTrainedTokenizerBase
+        cls,
+        llm_tokenizer: "str | os.PathLike | PreTrainedTokenizerBase",
+        slm_tokenizer: "str | os.PathLike | PreTrainedTokenizerBase",
+        prompt_format: str | None = None,
     ) -> "LLM2SLMTokenizer":
         r"""
         Joins two tokenizers, which are copied. One without a padding token pads with its end-of-sequence token.
 
+        Args:
+            llm_tokenizer, slm_tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`):
+                Each a loaded tokenizer, or that of a model: its name on the Hub, folder, `.gguf` file, or
+                `package:NAME` for an installed Python package that holds the model.
+            prompt_format (`str`, *optional*):
+                The form that texts are put into, such as `"{prompt}\n"`. As they are if omitted.
+
         Raises:
-            ValueError: if one of them is not a fast tokenizer, or the SLM's has no end-of-sequence token.
+            OSError: if there is no tokenizer of that name.
+            ValueError: if one of them is not a fast tokenizer, the SLM's has no end-of-sequence token, or
+                `prompt_format` is not made of `{prompt}` alone.
         """
+        if isinstance(llm_tokenizer, (str, os.PathLike)):
+            llm_tokenizer = load_tokenizer(llm_tokenizer)
+        if isinstance(slm_tokenizer, (str, os.PathLike)):
+            slm_tokenizer = load_tokenizer(slm_tokenizer)
         for name, tokenizer in (("llm_tokenizer", llm_tokenizer), ("slm_tokenizer", slm_tokenizer)):
             if not getattr(tokenizer, "is_fast", False):
                 raise ValueError(f"`{name}` must be a fast tokenizer, got {type(tokenizer).__name__}.")
@@ -53,6 +80,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             **special,
         )
         joined.llm_tokenizer = _as_prompt_tokenizer(copy.deepcopy(llm_tokenizer))
+        if prompt_format is not None:
+            joined.prompt_format = prompt_format
         return joined
 
     @property
@@ -66,7 +95,22 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     # -------------------------------------------------------------------------------------------------- load and save
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads both tokenizers of a checkpoint."""
+        r"""
+        Loads both tokenizers of a checkpoint. Takes what every `from_pretrained` takes, and `prompt_format` in place
+        of the checkpoint's, `None` for none. A tokenizer that was saved without has the `prompt_format` of the model's
+        config.json beside it.
+
+        Raises:
+            OSError: if there is no checkpoint, or not both tokenizers in it.
+            ValueError: for the name of a Python package, which holds one model, and for a `prompt_format` that is not
+                made of `{prompt}` alone.
+        """
+        if is_package(pretrained_model_name_or_path):
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} names one model, not a checkpoint of two tokenizers. To join it "
+                "with another: `LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)`, which takes such "
+                "names."
+            )
         joined = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
         nested = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -74,6 +118,19 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         joined.llm_tokenizer = _as_prompt_tokenizer(
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **nested)
         )
+        if "prompt_format" in joined.init_kwargs:
+            check_prompt_format(joined.prompt_format)
+        else:
+            config_file = cached_file(
+                pretrained_model_name_or_path,
+                CONFIG_NAME,
+                subfolder=kwargs.get("subfolder") or "",
+                _raise_exceptions_for_missing_entries=False,
+                **nested,
+            )
+            if config_file is not None:
+                with open(config_file, encoding="utf-8") as file:
+                    joined.prompt_format = json.load(file).get("prompt_format")
         return joined
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -100,36 +157,84 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             self.llm_tokenizer = llm_tokenizer
 
     # ---------------------------------------------------------------------------------------------------- prompt side
-    def __call__(self, text=None, *args, text_target=None, **kwargs):
+    @property
+    def prompt_format(self) -> str | None:
+        r"""
+        The form that texts are put into, such as `"{prompt}\n"`, saved with the tokenizer; `None` for none. It can be
+        set; `tokenizer(text, apply_prompt_format=False)` leaves it out once.
+        """
+        return self.init_kwargs.get("prompt_format")  # which save, load and copy keep
+
+    @prompt_format.setter
+    def prompt_format(self, value: str | None):
+        check_prompt_format(value)
+        self.init_kwargs["prompt_format"] = value
+
+    def __call__(self, text=None, text_pair=None, text_target=None, *, apply_prompt_format=None, **kwargs):
         r"""
         Tokenizes prompts with the LLM's tokenizer and, as `labels`, responses with the SLM's.
 
         Args:
             text (`str`, `list[str]`, *optional*): The prompt or prompts.
+            text_pair (`str`, `list[str]`, *optional*): A second part of each prompt, as the LLM's tokenizer takes it.
             text_target (`str`, `list[str]`, *optional*):
                 The response or responses; an end-of-sequence token is put behind each.
+            apply_prompt_format (`bool`, *optional*, defaults to `add_special_tokens`):
+                Whether each prompt is put into `prompt_format`, if there is one. Not by default with
+                `add_special_tokens=False`: such a text, a rendered chat for one, is complete already.
             kwargs: As for any tokenizer (`truncation`, `max_length`, `padding`, `return_tensors`), for both sides.
 
         Returns:
             `BatchEncoding` with `input_ids` and `attention_mask` of the prompts and, with both arguments, `labels`;
             with `text_target` alone, `input_ids` and `attention_mask` of the responses.
+
+        Raises:
+            ValueError: if there is neither a prompt nor a response, and for pairs or pre-tokenized words, which
+                `prompt_format` has no place for.
         """
         if text is None and text_target is None:
             raise ValueError("Pass `text` (prompts), `text_target` (responses) or both.")
         if text is None:
             return self._encode_response(text_target, **kwargs)
-        encoding = self.llm_tokenizer(text, *args, **kwargs)
+        text = self._in_format(text, text_pair, apply_prompt_format, **kwargs)
+        encoding = self.llm_tokenizer(text, text_pair, **kwargs)
         if text_target is not None:
             encoding["labels"] = self._encode_response(text_target, **kwargs)["input_ids"]
         return encoding
 
-    def encode(self, text, *args, **kwargs) -> list[int]:
-        """Prompt ids."""
-        return self.llm_tokenizer.encode(text, *args, **kwargs)
+    def encode(
+        self, text, text_pair=None, add_special_tokens=True, *, apply_prompt_format=None, **kwargs
+    ) -> list[int]:
+        """Prompt ids, with the arguments of a call."""
+        text = self._in_format(text, text_pair, apply_prompt_format, add_special_tokens, **kwargs)
+        return self.llm_tokenizer.encode(text, text_pair, add_special_tokens, **kwargs)
 
-    def tokenize(self, text, *args, **kwargs) -> list[str]:
-        """Prompt tokens."""
-        return self.llm_tokenizer.tokenize(text, *args, **kwargs)
+    def tokenize(self, text, pair=None, add_special_tokens=False, *, apply_prompt_format=None, **kwargs) -> list[str]:
+        """Prompt tokens, by default of the text alone: without special tokens and `prompt_format` around it."""
+        text = self._in_format(text, pair, apply_prompt_format, add_special_tokens, **kwargs)
+        return self.llm_tokenizer.tokenize(text, pair, add_special_tokens, **kwargs)
+
+    def _in_format(
+        self, text, text_pair, apply_prompt_format, add_special_tokens=True, is_split_into_words=False, **kwargs
+    ):
+        wanted = add_special_tokens if apply_prompt_format is None else apply_prompt_format
+        if self.prompt_format is None or not wanted:
+            return text
+        texts = [text] if isinstance(text, str) else text
+        if text_pair is not None or is_split_into_words or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError(
+                f"`prompt_format` {self.prompt_format!r} is the form of one text: pairs and words have no place in "
+                "it. Pass each prompt as one string, or say `apply_prompt_format=False`."
+            )
+        texts = [self.prompt_format.format(prompt=prompt) for prompt in texts]
+        return texts[0] if isinstance(text, str) else texts
+
+    def decode_prompt(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+        """
+        The text of one prompt's ids, `prompt_format` included, by the LLM's tokenizer; `decode` is for a response's,
+        by the SLM's. For a batch of prompts: `tokenizer.llm_tokenizer.batch_decode`.
+        """
+        return self.llm_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def pad(self, *args, **kwargs):
         """Pads prompts."""

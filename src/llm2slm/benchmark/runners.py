@@ -205,7 +205,7 @@ def _assisted(llm, args) -> Contender:
         raise ValueError("The system 'assisted' takes one prompt at a time: --batch-size 1.")
     assistant, inputs, options = _load(args.assistant, args), _prompts(llm.config, args), {}
     if assistant.config.get_text_config().vocab_size != llm.config.get_text_config().vocab_size:
-        from ..training.setup import load_tokenizer
+        from ..loading_llm2slm import load_tokenizer
 
         # Universal assisted generation, which translates the drafts through text.
         options = {"tokenizer": load_tokenizer(args.llm), "assistant_tokenizer": load_tokenizer(args.assistant)}

@@ -17,6 +17,8 @@ from typing import Any
 
 from .main import add_loading_arguments, check_new_file, load_checkpoint, main, positive_int, write_aside
 
+MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
+
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `llm2slm generate`."""
@@ -44,9 +46,15 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--batch-size", type=positive_int, default=8, help="prompts at a time (default: %(default)s)")
     parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=128, help="tokens of a response at most (default: %(default)s)"
+        "--max-new-tokens",
+        type=positive_int,
+        help=f"tokens of a response at most (default: as the checkpoint says, {MAX_NEW_TOKENS} if it says nothing)",
     )
-    parser.add_argument("--num-beams", type=positive_int, help="beam search with this many beams")
+    parser.add_argument(
+        "--num-beams",
+        type=positive_int,
+        help="beam search with this many beams (default: as the checkpoint says; 1 with --stream or --do-sample)",
+    )
     parser.add_argument(
         "--do-sample",
         action=argparse.BooleanOptionalAction,
@@ -74,11 +82,16 @@ def run(args: argparse.Namespace) -> None:
     rows = read_prompts(args)
 
     from tqdm.auto import tqdm
-    from transformers import TextStreamer, set_seed
+    from transformers import GenerationConfig, TextStreamer, set_seed
 
     model, tokenizer = load_checkpoint(args)
     names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
     generate_kwargs: dict[str, Any] = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    own, default = model.generation_config, GenerationConfig()
+    if own.max_new_tokens is None and own.max_length == default.max_length:
+        generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    if args.stream or args.do_sample:
+        generate_kwargs.setdefault("num_beams", 1)
     if args.stream:
         # An encoder-decoder SLM's first token is its start token.
         skip_start = model.config.slm_config.is_encoder_decoder
@@ -111,7 +124,7 @@ def generate_batch(
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): With its LLM loaded.
         tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
-        prompts (`list[str]`): The prompts, without the configuration's `prompt_format`.
+        prompts (`list[str]`): The prompts, which the tokenizer puts into its `prompt_format`.
         prompt_max_length (`int`, *optional*): Cuts prompts to this many tokens of the LLM.
         generate_kwargs: Arguments of `model.generate`.
 
@@ -119,7 +132,6 @@ def generate_batch(
         ValueError: if a prompt is longer than the LLM or the SLM takes.
     """
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
-    prompts = [model.config.format_prompt(prompt) for prompt in prompts]
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
     ids = model.generate(**inputs, **generate_kwargs)  # (batch_size, response_length)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)

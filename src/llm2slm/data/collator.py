@@ -19,7 +19,12 @@ logger = logging.getLogger(__name__)
 
 # -------------------------------------------------------------------------------------------------------- tokenization
 def tokenize_pairs(
-    dataset, tokenizer: LLM2SLMTokenizer, prompt_max_length: int, response_max_length: int, truncate: bool = False
+    dataset,
+    tokenizer: LLM2SLMTokenizer,
+    prompt_max_length: int,
+    response_max_length: int,
+    truncate: bool = False,
+    apply_prompt_format: bool = True,
 ):
     r"""
     Adds the columns `input_ids` (the prompt, LLM's tokenizer) and `labels` (the response, SLM's tokenizer, with its
@@ -36,6 +41,9 @@ def tokenize_pairs(
         truncate (`bool`, *optional*, defaults to `False`):
             Whether pairs over a limit are cut rather than dropped: prompts on the `truncation_side` of
             `tokenizer.llm_tokenizer`, responses at their end, so that a cut one has no end token.
+        apply_prompt_format (`bool`, *optional*, defaults to `True`):
+            Whether prompts that are strings are put into the tokenizer's `prompt_format`. Not for prompts that are in
+            that form already.
 
     Returns:
         `datasets.Dataset` with all columns of `dataset` and the two new ones.
@@ -52,10 +60,11 @@ def tokenize_pairs(
             raise ValueError(f"`{name}` must be at least 1, got {limit}.")
 
     def tokenize(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        return _encode(batch["prompt"], batch["completion"], tokenizer, rows)
+        return _encode(batch["prompt"], batch["completion"], tokenizer, rows, apply_prompt_format)
 
     def cut(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        columns = _encode(batch["prompt"], batch["completion"], tokenizer, rows, prompt_max_length)
+        prompts, completions = batch["prompt"], batch["completion"]
+        columns = _encode(prompts, completions, tokenizer, rows, apply_prompt_format, prompt_max_length)
         return {**columns, "labels": [ids[:response_max_length] for ids in columns["labels"]]}
 
     tokenized = dataset.map(tokenize, batched=True, with_indices=True, desc="Tokenizing")
@@ -85,13 +94,16 @@ def _lengths(dataset, column: str) -> np.ndarray:
     return pyarrow.compute.list_value_length(table[column]).to_numpy()
 
 
-def _encode(prompts, completions, tokenizer, rows, prompt_max_length: int | None = None) -> dict[str, list]:
+def _encode(
+    prompts, completions, tokenizer, rows, apply_prompt_format: bool = True, prompt_max_length: int | None = None
+) -> dict[str, list]:
     is_chat = not isinstance(prompts[0], str)
     texts = [_prompt_text(prompt, row, tokenizer, is_chat) for prompt, row in zip(prompts, rows, strict=True)]
     responses = [_response_text(completion, row) for completion, row in zip(completions, rows, strict=True)]
     input_ids = tokenizer(
         texts,
         add_special_tokens=not is_chat,  # a chat template brings them
+        apply_prompt_format=apply_prompt_format and not is_chat,
         truncation=prompt_max_length is not None,
         max_length=prompt_max_length,
         verbose=False,
@@ -141,7 +153,8 @@ class DataCollatorForLLM2SLM:
     `SFTTrainer`.
 
     Each example has `input_ids` (prompt, LLM's tokenizer) and `labels` (response, SLM's tokenizer), from
-    [`tokenize_pairs`], or else `prompt` and `completion`, which are tokenized here, without a limit. It may have
+    [`tokenize_pairs`], or else `prompt` and `completion`, which are tokenized here, without a limit and, if they are
+    strings, in the tokenizer's `prompt_format`. It may have
     `prompt_hidden_states` of shape `(prompt_length, prompt_hidden_size)` from
     [`~llm2slm.data.prompt_features.cache_prompt_features`]. Other columns are left out.
 

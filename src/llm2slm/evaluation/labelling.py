@@ -104,14 +104,16 @@ def run(args: argparse.Namespace) -> None:
     from ..training.run_folder import read_run
 
     trained = read_run(args.llm)
-    rows, prompts, shots = read_data(args, trained["data"].get("prompt_format"))
+    # A format that is given, or recorded, is the whole of it; without one the tokenizer's own, if any, is put around.
+    prompt_format = args.prompt_format if args.prompt_format is not None else trained["data"].get("prompt_format")
+    rows, prompts, shots = read_data(args, prompt_format)
     work = Path(f"{args.output}.part")
     settings = describe(args, prompts, shots)
     check_work_folder(work, settings)
 
     model, tokenizer = load_llm(args, trained)
     texts, stop = add_examples(args, tokenizer, prompts, shots, was_trained=bool(trained["data"]))
-    ids = {split: encode(texts[split], tokenizer, split) for split in texts}
+    ids = {split: encode(texts[split], tokenizer, split, in_format=prompt_format is not None) for split in texts}
     check_positions(model, ids, args.max_new_tokens)
     open_work_folder(work, settings)
     try:
@@ -154,7 +156,7 @@ def join(rows, prompts: list, responses: list[dict]):
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
-def read_data(args: argparse.Namespace, trained_format: str | None):
+def read_data(args: argparse.Namespace, prompt_format: str | None):
     """
     Of each split the rows that are labelled and their prompts, and the examples shown to the LLM.
 
@@ -164,7 +166,6 @@ def read_data(args: argparse.Namespace, trained_format: str | None):
     """
     from ..data.pairs import load_pairs, load_rows, make_texts
 
-    prompt_format = args.prompt_format if args.prompt_format is not None else trained_format
     shots: list[dict[str, str]] = []
     if args.few_shot:
         shots = load_pairs(args.data, args.split[0], prompt_format, args.completion_format, args.few_shot).to_list()
@@ -223,9 +224,9 @@ def add_examples(args: argparse.Namespace, tokenizer, prompts: dict[str, list], 
     return texts, SHOT_SEPARATOR if tokenizer.chat_template is None else None
 
 
-def encode(texts: list, tokenizer, split: str) -> list[list[int]]:
+def encode(texts: list, tokenizer, split: str, in_format: bool) -> list[list[int]]:
     """
-    The ids of prompts that are strings or chats.
+    The ids of prompts that are strings or chats. `in_format`: whether they already have the form that the LLM reads.
 
     Raises:
         ValueError: if the tokenizer makes no token of one.
@@ -233,7 +234,10 @@ def encode(texts: list, tokenizer, split: str) -> list[list[int]]:
     are_strings = isinstance(texts[0], str)
     if not are_strings:
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in texts]
-    rows = tokenizer(texts, add_special_tokens=are_strings, verbose=False)["input_ids"]
+    apply_prompt_format = are_strings and not in_format
+    rows = tokenizer(texts, add_special_tokens=are_strings, apply_prompt_format=apply_prompt_format, verbose=False)[
+        "input_ids"
+    ]
     if empty := [number for number, ids in enumerate(rows) if not ids]:
         raise ValueError(f"The LLM's tokenizer makes no token of prompt {empty[0]} of the split {split!r}.")
     return rows

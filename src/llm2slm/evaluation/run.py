@@ -40,7 +40,8 @@ def make_parser(parser: argparse.ArgumentParser) -> None:
         "--prompt-format",
         metavar="TEXT",
         help="how a prompt is made of a row's columns, such as '{prompt}' (default: as the model was trained, by the "
-        "run.json in its folder; else the column `prompt`)",
+        "run.json in its folder; else the column `prompt`, which an LLM-to-SLM checkpoint's tokenizer brings into its "
+        "form)",
     )
     parser.add_argument("--completion-format", metavar="TEXT", help="likewise the response that is right")
     parser.add_argument(
@@ -109,7 +110,9 @@ def run(args: argparse.Namespace) -> None:
     from ..training.record import machine, versions
 
     model, tokenizer = load_system(args, (trained["llm"] or {}).get("name_or_path"))
-    rows, stop = make_rows(args, model, tokenizer, dataset, shots)
+    # A format that is given, or recorded, is the whole of it; without one the tokenizer's own is put around prompts.
+    in_format = formats["prompt_format"] is not None
+    rows, stop = make_rows(args, model, tokenizer, dataset, shots, in_format)
     references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
     responses, measured = measure(args, model, tokenizer, rows, stop)
     report = {
@@ -196,10 +199,11 @@ def system_name(args: argparse.Namespace) -> str:
 
 
 def make_rows(
-    args: argparse.Namespace, model, tokenizer, dataset, shots: list[dict]
+    args: argparse.Namespace, model, tokenizer, dataset, shots: list[dict], in_format: bool
 ) -> tuple[list[dict[str, list[int]]], str | None]:
     """
-    The pairs as `input_ids` and `labels`, and what ends a response besides the end-of-sequence token.
+    The pairs as `input_ids` and `labels`, and what ends a response besides the end-of-sequence token. `in_format`:
+    whether the prompts already have the form that the model reads.
 
     Raises:
         ValueError: if a side is empty or too long for the model, or has no place for an instruction and examples.
@@ -221,7 +225,7 @@ def make_rows(
         dataset = Dataset.from_dict({"prompt": prompts, "completion": dataset["completion"][:]})
         stop = SHOT_SEPARATOR if tokenizer.chat_template is None else None
     cut = args.prompt_max_length or sys.maxsize
-    rows = tokenize_pairs(dataset, tokenizer, cut, sys.maxsize, truncate=True)
+    rows = tokenize_pairs(dataset, tokenizer, cut, sys.maxsize, truncate=True, apply_prompt_format=not in_format)
     rows = rows.select_columns(["input_ids", "labels"]).to_list()
     check_positions(model, rows, args.max_new_tokens)
     return rows, stop

@@ -38,18 +38,21 @@ def describe_use(
     args, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: dict | None, task: str
 ) -> dict[str, str | None]:
     """The snippet with an example of the evaluation, what it needs, and what it wrote then."""
-    prompt, example, generation = "Your text.", None, {"max_new_tokens": 128}
+    is_llm2slm = trained["arm"] == "llm2slm"
+    # A checkpoint of LLM-to-SLM says itself how it writes.
+    prompt, example, generation = "Your text.", None, {} if is_llm2slm else {"max_new_tokens": 128, "do_sample": False}
     if own is not None:
         texts = read_texts(reports[0], own["data"]["examples"])
         short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()]
         chosen = (short or texts)[0]
         prompt, example = chosen["prompt"], "\n> ".join(chosen["response"].strip().splitlines())
-        names = ("max_new_tokens", "num_beams") if own["generation"]["num_beams"] > 1 else ("max_new_tokens",)
-        generation = {name: own["generation"][name] for name in names}
+        generation = {name: own["generation"][name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
+        unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
+        generation = {name: value for name, value in generation.items() if value != unsaid.get(name)}
     model = json.dumps(args.model_id or args.run)
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
-    options = ", ".join(f"{name}={value}" for name, value in generation.items())
-    if trained["arm"] == "llm2slm":
+    options = "".join(f", {name}={value}" for name, value in generation.items())
+    if is_llm2slm:
         given = f"prompt = {json.dumps(without_format(prompt, folder), ensure_ascii=False)}"
         where, snippet = use_pipeline(args, folder, bases, model, given, options)
     else:
@@ -58,10 +61,21 @@ def describe_use(
 
 
 def without_format(prompt: str, folder: Path) -> str:
-    """The text of a prompt in the form of the training, which the pipeline brings it into again."""
+    """The text of a prompt in the form of the training, which the tokenizer brings it into again."""
     prompt_format = read_json(str(folder / "config.json")).get("prompt_format") or "{prompt}"
     before, behind = prompt_format.format(prompt="\0").split("\0")[:2]
     return prompt.removeprefix(before).removesuffix(behind)
+
+
+def way_of_writing(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's generation config says of length, beams and sampling."""
+    path = folder / "generation_config.json"
+    config = read_json(str(path)) if path.exists() else {}
+    return {
+        "max_new_tokens": config.get("max_new_tokens") or config.get("max_length"),
+        "num_beams": config.get("num_beams") or 1,
+        "do_sample": bool(config.get("do_sample")),
+    }
 
 
 def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
@@ -98,7 +112,7 @@ def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: s
         "    trust_remote_code=True,",
     ]
     lines = ["from transformers import pipeline", "", *call, ")", given]
-    lines.append(f'print(generate(prompt, {options}, do_sample=False)[0]["generated_text"])')
+    lines.append(f'print(generate(prompt{options})[0]["generated_text"])')
     return where + "\n\n", "\n".join(lines)
 
 
@@ -118,7 +132,7 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
             f"model = {auto_class}.from_pretrained({model})",
             given,
             'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)',
-            f"ids = model.generate(**inputs, {options}, do_sample=False)",
+            f"ids = model.generate(**inputs{options})",
             f"print(tokenizer.decode({response}, skip_special_tokens=True))",
         ]
     )
@@ -201,7 +215,7 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
         f"It was trained for one task, that of its data. {measured}, nor how its responses may mislead or harm.",
     ]
     if trained["data"]["prompt_format"]:
-        brought = "; the pipeline brings a text into it" if trained["arm"] == "llm2slm" else ""
+        brought = "; its tokenizer brings a text into it" if trained["arm"] == "llm2slm" else ""
         form = as_code(trained["data"]["prompt_format"])
         lines.append(f"It expects prompts in the form of its training, {form}{brought}.")
     if trained["arm"] == "llm2slm":

@@ -184,6 +184,12 @@ class TrainerOptions(Seq2SeqTrainingArguments):
     logging_steps: float = _option(0.02, "log the loss each so many steps; below 1 a share of all of them")
     report_to: str = _option("none", "where else to report to: tensorboard, wandb, ...")
     remove_unused_columns: bool = _option(False, "the collators choose the columns")
+    generation_max_length: int | None = _option(
+        None, "tokens of a response at most, unless the checkpoint is told otherwise; --response_max_length if omitted"
+    )
+    generation_num_beams: int | None = _option(
+        None, "beams with which a response is written, unless the checkpoint is told otherwise; 1, greedy, if omitted"
+    )
     dataloader_pin_memory: bool = _option(True, "whether batches wait in pinned memory, where there is a GPU")
     # Those that wait for the first process, which caches the features, would give up after half an hour.
     ddp_timeout: int = _option(7 * 24 * 3600, "seconds that processes wait for each other")

@@ -115,6 +115,9 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
             set_seed(training.seed)
             write_folder(folder / START, lambda path: setup.write_start(options, pairs, training.device, path))
     model, tokenizer = setup.load_start(options, folder / START)
+    if options.arm == "llm2slm":
+        max_new_tokens = training.generation_max_length or options.response_max_length
+        setup.set_generation(model, max_new_tokens, training.generation_num_beams or 1)
     with training.main_process_first(local=False):
         examples = setup.make_examples(options, pairs, model, tokenizer)
         if options.arm == "llm2slm" and options.cache_features:

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..building.initialization import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
 from ..building.slm import make_slm, slice_lm
@@ -22,7 +29,7 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from ..data.pairs import format_of_text, load_pairs
 from ..data.prompt_features import cache_prompt_features
-from ..loading_llm2slm import load_slm, max_positions, split_gguf
+from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .frozen_head import read_states_in_one_piece
@@ -74,7 +81,10 @@ def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, token
     limits = {"prompt_max_length": options.prompt_max_length, "response_max_length": options.response_max_length}
     examples = {}
     for split, rows in pairs.items():
-        examples[split] = tokenize_pairs(rows, two_sided, **limits, truncate=options.truncate)
+        # The pairs were put into `prompt_format` when they were read: only there are all columns of it.
+        examples[split] = tokenize_pairs(
+            rows, two_sided, **limits, truncate=options.truncate, apply_prompt_format=False
+        )
         examples[split] = examples[split].map(_count, desc="Counting")
         _check_positions(model.config, examples[split], split)
     if not model.config.is_encoder_decoder:
@@ -151,7 +161,7 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         return
     if options.llm_tokenizer == "trimmed":
         llm_tokenizer = limit_tokenizer(llm_tokenizer, slm_tokenizer)
-    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer)
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer, format_of_text(options.prompt_format))
     model = compose(options, slm, token_ids)
     if options.start == "zero":
         start_at_zero(model)
@@ -203,13 +213,32 @@ def load_start(options: TrainOptions, folder: Path) -> tuple[PreTrainedModel, Pr
     return model, LLM2SLMTokenizer.from_pretrained(folder)
 
 
+def set_generation(model: LLM2SLMForConditionalGeneration, max_new_tokens: int, num_beams: int) -> None:
+    """
+    Makes beam search, greedy with one beam, the way in which the checkpoint writes unless told otherwise. The length
+    is kept as `max_length`, which both `max_length` and `max_new_tokens` of a call override.
+    """
+    config, default = model.generation_config, GenerationConfig()
+    start_tokens = 1 if model.config.slm_config.is_encoder_decoder else 0  # `max_length` counts it
+    config.update(
+        max_length=max_new_tokens + start_tokens,
+        max_new_tokens=None,
+        num_beams=num_beams,
+        do_sample=False,
+        **{name: getattr(default, name) for name in ("temperature", "top_p", "top_k")},
+    )
+    config._from_model_config = False
+
+
 def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | None):
     """LLM, projector and SLM; `token_ids` are the LLM's ids of the SLM's tokens if the two share a tokenizer."""
     token_mapping: dict[str, Any] = {}
     if token_ids is not None:
         name, gguf_file = split_gguf(options.llm, None)
         config = LLM2SLMConfig.from_sub_configs(
-            AutoConfig.from_pretrained(name, **_gguf(gguf_file)), slm.config, shared_tokenizer=True
+            AutoConfig.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {})),
+            slm.config,
+            shared_tokenizer=True,
         )
         token_mapping["shared_tokenizer"] = True
         if config.maps_prompt_tokens:
@@ -274,27 +303,6 @@ def texts_of(pairs: Dataset, tokenizer, prompts: bool) -> list[str]:
 
     read = map(prompt_text, pairs["prompt"]) if prompts else []
     return [*read, *map(contents, pairs["completion"])]
-
-
-def load_tokenizer(name: str):
-    """
-    The tokenizer of a model by name, folder or GGUF file. One without a padding token pads with its end token.
-
-    Raises:
-        OSError: if there is none.
-    """
-    folder, gguf_file = split_gguf(name, None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf(gguf_file))
-    except (OSError, ValueError) as error:
-        raise OSError(f"There is no tokenizer in {name!r}: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _gguf(gguf_file: str | None) -> dict[str, str]:
-    return {} if gguf_file is None else {"gguf_file": gguf_file}
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
