@@ -110,7 +110,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 prompt (see `encode_prompt`).
         """
         self._check_lossless(llm, max_draft_tokens, draft_confidence)
-        input_ids, attention_mask = self._check_prompt_ids(inputs if input_ids is None else input_ids, attention_mask)
+        input_ids, attention_mask = self._check_prompt_ids(given_once(inputs, input_ids), attention_mask)
         if input_ids.shape[0] != 1:
             raise ValueError(f"Lossless mode takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
         prompt_ids = input_ids[attention_mask.to(input_ids.device) != 0][None].to(llm.device)  # without padding
@@ -158,6 +158,13 @@ class LosslessGenerationMixin(GenerationMixin):
             raise ValueError(f"`max_draft_tokens` must be a positive integer, got {max_draft_tokens!r}.")
         if not 0 <= draft_confidence <= 1:
             raise ValueError(f"`draft_confidence` must be from 0 to 1, got {draft_confidence!r}.")
+
+
+def given_once(inputs: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The prompt's ids, which `generate` takes by two names."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("`inputs` and `input_ids` are one argument, the prompt's ids: pass it once.")
+    return inputs if input_ids is None else input_ids
 
 
 # What the caller cannot ask for: no other way of decoding, and nothing in the output but ids and counts.

@@ -17,6 +17,7 @@ import copy
 import functools
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqL
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
 from .decoding_llm2slm import generate_fast
-from .drafting_llm2slm import LosslessGenerationMixin
+from .drafting_llm2slm import LosslessGenerationMixin, given_once
 from .loading_llm2slm import (
     fingerprint,
     is_package,
@@ -360,6 +361,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
         """
         adds_own_embeddings = self.config.fusion == "add" and self.config.shared_tokenizer
+        input_ids = _as_ids("input_ids", input_ids)
         if prompt_hidden_states is None:
             prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
             if attention_mask is None:
@@ -369,8 +371,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             prompt_hidden_states, attention_mask = self._check_prompt_states(
                 "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
             )
-            if adds_own_embeddings:
-                self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask)
+            self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask, adds_own_embeddings)
         device = self.projector.out.weight.device
         attention_mask = attention_mask.to(device).long()
         # (batch_size, prompt_length, slm_hidden_size)
@@ -461,9 +462,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         return runs
 
     def _check_prompt_ids(self, input_ids, attention_mask):
+        input_ids = _as_ids("input_ids", input_ids)
         if input_ids is None:
             raise ValueError("Pass the prompt: `input_ids`, `prompt_hidden_states` or `prompt_embeds`.")
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"`input_ids` must have shape (batch_size, prompt_length) with at least one token, got "
                 f"{tuple(input_ids.shape)}."
@@ -482,8 +484,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
         return input_ids, attention_mask
 
-    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask):
+    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask, needed):
         if input_ids is None:
+            if not needed:
+                return
             raise ValueError(
                 "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
                 "`input_ids` with `prompt_hidden_states`."
@@ -493,10 +497,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
                 f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
             )
-        self._check_prompt_ids(input_ids, attention_mask)
+        if needed:
+            self._check_prompt_ids(input_ids, attention_mask)
 
     def _check_prompt_states(self, name, states, width, attention_mask):
-        if states.ndim != 3 or states.shape[-1] != width or states.shape[1] == 0:
+        _check_tensor(name, states)
+        if not states.is_floating_point():
+            raise TypeError(f"`{name}` must be floating point, got {states.dtype}.")
+        if states.ndim != 3 or states.shape[-1] != width or states.numel() == 0:
             raise ValueError(
                 f"`{name}` must have shape (batch_size, prompt_length, {width}), got {tuple(states.shape)}."
             )
@@ -570,13 +578,23 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
                 `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        _check_prompt_kwargs(kwargs)
         # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and these two.
         if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
             raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
-        prompts = (prompt_embeds, prompt_hidden_states, input_ids)
-        num_prompts = next((len(prompt) for prompt in prompts if prompt is not None), None)
+        labels, decoder_input_ids = _as_ids("labels", labels), _as_ids("decoder_input_ids", decoder_input_ids)
+        num_prompts = None
+        prompts = {
+            "input_ids": input_ids,
+            "prompt_hidden_states": prompt_hidden_states,
+            "prompt_embeds": prompt_embeds,
+        }
+        for name, prompt in prompts.items():
+            _check_tensor(name, prompt)
+            if prompt is not None and prompt.ndim > 0:
+                num_prompts = len(prompt)
         if labels is not None:
             _check_response("labels", labels, num_prompts)
             self._check_labels(labels)
@@ -585,6 +603,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         _check_response("decoder_input_ids", decoder_input_ids, num_prompts)
+        _check_tensor("decoder_attention_mask", decoder_attention_mask)
+        if decoder_attention_mask is not None and decoder_attention_mask.shape != decoder_input_ids.shape:
+            raise ValueError(
+                f"`decoder_attention_mask` must have shape {tuple(decoder_input_ids.shape)} like the response, got "
+                f"{tuple(decoder_attention_mask.shape)}."
+            )
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
@@ -642,10 +666,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
             prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
         else:
+            if input_ids is not None or prompt_hidden_states is not None:
+                raise ValueError(
+                    "`prompt_embeds` are the prompt, already encoded: pass neither `input_ids` nor "
+                    "`prompt_hidden_states` with them."
+                )
             prompt_embeds, mask = self._check_prompt_states(
                 "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
             )
-            mask = mask.to(prompt_embeds.device)
+            # Where and in the dtype that `encode_prompt` gives them.
+            own = self.slm.get_input_embeddings().weight
+            prompt_embeds, mask = prompt_embeds.to(self.projector.out.weight.device, own.dtype), mask.to(own.device)
         longest = _longest(mask)  # what is padding in every row is left out
         if self.config.slm_config.is_encoder_decoder:
             order = _padding_order(mask, "right")[:, :longest]
@@ -731,7 +762,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             model_kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
             generation_config.stop_strings = None
         # 3. Prompt phase: the only place where the LLM runs.
-        input_ids = inputs if input_ids is None else input_ids
+        _check_prompt_kwargs(model_kwargs)
+        input_ids = given_once(inputs, input_ids)
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         if not self.config.slm_config.is_encoder_decoder:
             if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
@@ -794,7 +826,42 @@ class LLM2SLMBackbone(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- tensors and masks
+def _check_tensor(name, value):
+    if value is None or isinstance(value, torch.Tensor):
+        return
+    advice = "convert it with `torch.tensor`"
+    if isinstance(value, Mapping):  # what a tokenizer or `encode_prompt` returns
+        advice = "pass what it holds by name, as in `generate(**batch)`"
+    elif isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
+        advice = 'tokenize the text, as in `generate(**tokenizer(text, return_tensors="pt"))`'
+    raise TypeError(f"`{name}` must be a `torch.Tensor`, got {type(value).__name__}: {advice}.")
+
+
+def _as_ids(name, ids):
+    _check_tensor(name, ids)
+    if ids is None:
+        return None
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"`{name}` must be token ids, integers, got {ids.dtype}.")
+    return ids.long()
+
+
+def _check_prompt_kwargs(kwargs: dict):
+    """Of what else a tokenizer or a user may pass as the prompt."""
+    # A tokenizer's ids of segments say nothing where there is one, and a prompt is one; the SLM must not get them.
+    token_type_ids = kwargs.pop("token_type_ids", None)
+    _check_tensor("token_type_ids", token_type_ids)
+    if token_type_ids is not None and token_type_ids.any():
+        raise ValueError("A prompt is one segment: `token_type_ids` must all be 0. Leave them out.")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "The LLM reads `input_ids`, not `inputs_embeds`. A prompt that is already encoded, for the SLM, is "
+            "`prompt_embeds` (from `encode_prompt`)."
+        )
+
+
 def _check_attention_mask(attention_mask, name, tensor):
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask is None:
         return torch.ones(tensor.shape[:2], dtype=torch.long, device=tensor.device)
     if attention_mask.shape != tensor.shape[:2]:
@@ -802,7 +869,12 @@ def _check_attention_mask(attention_mask, name, tensor):
             f"`attention_mask` must have shape {tuple(tensor.shape[:2])} like `{name}`, got "
             f"{tuple(attention_mask.shape)}."
         )
-    empty = (attention_mask != 0).sum(dim=1) == 0
+    tokens = attention_mask != 0
+    if (strange := tokens != attention_mask).any():
+        raise ValueError(
+            f"`attention_mask` must be 1 for tokens and 0 for padding; found {attention_mask[strange][0].item():g}."
+        )
+    empty = tokens.sum(dim=1) == 0
     if empty.any():
         raise ValueError(f"Row {int(empty.long().argmax())} of `attention_mask` has no token: its prompt is empty.")
     return attention_mask.long()
