@@ -9,8 +9,8 @@ counts the responses of more words than one and a half times the reference's and
 
 import sys
 
-from llm2slm.comparison import read_reports
-from llm2slm.metrics import TextMetric
+from llm2slm.evaluation.metrics import TextMetric
+from llm2slm.evaluation.reports import read_reports
 
 METRICS = ("bleu", "chrf")
 

@@ -13,7 +13,7 @@ from collections import Counter
 
 from datasets import load_from_disk
 
-from llm2slm.comparison import read_reports
+from llm2slm.evaluation.reports import read_reports
 
 RARE, FREQUENT = 5, 50  # responses of the training split
 

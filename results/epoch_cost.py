@@ -34,9 +34,9 @@ from transformers import (
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.building import make_slm, token_map, trim_tokenizer
-from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
-from llm2slm.features import cache_prompt_features
-from llm2slm.machine import cpu_model
+from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
+from llm2slm.data.prompt_features import cache_prompt_features
+from llm2slm.utils import cpu_model
 
 ARMS = ("slm_alone", "cached", "live")
 

@@ -23,8 +23,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompileConfig, GenerationConfig
 
 from llm2slm import decoding_llm2slm
-from llm2slm.machine import cpu_model
-from llm2slm.shapes import SHAPES
+from llm2slm.benchmark.random_models import SHAPES
+from llm2slm.utils import cpu_model
 
 SYSTEMS = {
     "plain": "slm.generate",

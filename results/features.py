@@ -23,8 +23,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm2slm import LLM2SLMForConditionalGeneration
-from llm2slm.features import TOKENS_PER_BATCH, cache_prompt_features
-from llm2slm.machine import cpu_model
+from llm2slm.data.prompt_features import TOKENS_PER_BATCH, cache_prompt_features
+from llm2slm.utils import cpu_model
 
 
 def main():

@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.pairs import load_pairs
-from llm2slm.report import versions
+from llm2slm.data.pairs import load_pairs
+from llm2slm.training.record import versions
 
 
 def main():

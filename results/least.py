@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from llm2slm.comparison import METRICS
-from llm2slm.metrics import compute_statistics, interval
-from llm2slm.pairs import fingerprint, load_pairs
-from llm2slm.report import versions
+from llm2slm.data.pairs import fingerprint, load_pairs
+from llm2slm.evaluation.metrics import compute_statistics, interval
+from llm2slm.evaluation.reports import METRICS
+from llm2slm.training.record import versions
 
 
 def main():

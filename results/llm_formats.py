@@ -20,9 +20,9 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import TorchAoConfig
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
-from llm2slm.pairs import load_pairs
-from llm2slm.report import machine, versions
+from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
+from llm2slm.data.pairs import load_pairs
+from llm2slm.training.record import machine, versions
 
 FORMATS = {
     "float32": ("float32", None),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from llm2slm.comparison import METRICS
+from llm2slm.evaluation.reports import METRICS
 
 
 def main():

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from llm2slm.arms import load_tokenizer
+from llm2slm.data.pairs import load_pairs
 from llm2slm.loading_llm2slm import load_slm
-from llm2slm.pairs import load_pairs
-from llm2slm.report import machine, versions
+from llm2slm.training.record import machine, versions
+from llm2slm.training.setup import load_tokenizer
 
 PROMPT_FORMAT = "{prompt}\n"
 MAX_TOKENS = 192  # longer pairs are left out

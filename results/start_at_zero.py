@@ -15,13 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.arms import load_tokenizer
-from llm2slm.building import token_map
-from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
-from llm2slm.features import cache_prompt_features
-from llm2slm.pairs import load_pairs
-from llm2slm.report import machine, versions
-from llm2slm.starts import start_at_zero
+from llm2slm.building import start_at_zero, token_map
+from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
+from llm2slm.data.pairs import load_pairs
+from llm2slm.data.prompt_features import cache_prompt_features
+from llm2slm.training.record import machine, versions
+from llm2slm.training.setup import load_tokenizer
 
 PAIRS = {"train": 3528, "validation": 512}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from llm2slm.arms import load_tokenizer
+from llm2slm.data.pairs import load_pairs
 from llm2slm.loading_llm2slm import load_slm, without_head
-from llm2slm.pairs import load_pairs
-from llm2slm.report import machine, versions
+from llm2slm.training.record import machine, versions
+from llm2slm.training.setup import load_tokenizer
 
 SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llm2slm.batches import SimilarLengthSampler
+from llm2slm.training.trainer import SimilarLengthSampler
 
 LENGTHS = random.Random(0).choices(range(2, 200), k=1003)
 

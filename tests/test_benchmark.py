@@ -14,11 +14,14 @@ from transformers import (
     T5Config,
 )
 
-from llm2slm import LLM2SLMConfig, benchmark, cli, contenders
-from llm2slm.costs import costs_of
-from llm2slm.estimate import break_even, predict
-from llm2slm.probe import Machine
-from llm2slm.shapes import SHAPES, load_config
+from llm2slm import LLM2SLMConfig
+from llm2slm.benchmark import measure as benchmark
+from llm2slm.benchmark import runners as contenders
+from llm2slm.benchmark.costs import costs_of
+from llm2slm.benchmark.estimate import break_even, predict
+from llm2slm.benchmark.machine_speed import Machine
+from llm2slm.benchmark.random_models import SHAPES, load_config
+from llm2slm.cli import main as cli
 
 QUICK = ["--prompt-length", "4", "--response-length", "5", "--repeats", "2", "--device", "cpu", "--threads", "1"]
 LLAMA = {

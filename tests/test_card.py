@@ -15,9 +15,9 @@ from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from llm2slm import cli
-from llm2slm.card import read_licence
-from llm2slm.card_text import data_hub_name, data_name
+from llm2slm.cli import main as cli
+from llm2slm.sharing.card import read_licence
+from llm2slm.sharing.card_sections import data_hub_name, data_name
 
 LLM = "tester/llm"
 

@@ -21,7 +21,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, benchmark, cli, generate
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm.benchmark import measure as benchmark
+from llm2slm.cli import generate
+from llm2slm.cli import main as cli
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
@@ -127,7 +130,7 @@ def test_help_needs_neither_torch_nor_transformers(argv):
     code = f"""
 import sys
 sys.argv = ["/somewhere/bin/llm2slm", *{argv!r}]
-from llm2slm.cli import main
+from llm2slm.cli.main import main
 try:
     main()
 finally:

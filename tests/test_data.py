@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers import processors
 
 from llm2slm import LLM2SLMTokenizer
-from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
+from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 
 
 def pairs(prompts, completions) -> Dataset:
@@ -55,7 +55,7 @@ LONG = pairs(["w1 w2", "w1 " * 30, "w3", "w4 " * 20], ["ab", "a", "abcdefgh" * 3
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "llm2slm.data"]
+    return [record.getMessage() for record in caplog.records if record.name == "llm2slm.data.collator"]
 
 
 def test_pairs_over_the_limits_are_dropped_and_counted(tokenizer, caplog):

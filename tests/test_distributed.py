@@ -12,7 +12,7 @@ import yaml
 from conftest import SLM_VOCAB, build_model, build_prompts, padded, save_training
 from safetensors.torch import load_file, save_file
 
-from llm2slm import cli
+from llm2slm.cli import main as cli
 
 
 def run_two_processes(*arguments) -> str:

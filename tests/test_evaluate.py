@@ -14,12 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
-from llm2slm.data import DataCollatorForLLM2SLM
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm.cli import main as cli
+from llm2slm.data.collator import DataCollatorForLLM2SLM
+from llm2slm.data.pairs import fingerprint, load_pairs
+from llm2slm.evaluation.shuffled_states import shuffle_among_like, states_of_others
+from llm2slm.language_models import few_shot_prompts, load_system
 from llm2slm.loading_llm2slm import load_slm
-from llm2slm.pairs import fingerprint, load_pairs
-from llm2slm.shuffled_states import shuffle_among_like, states_of_others
-from llm2slm.systems import few_shot_prompts, load_system
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
 COMPLETIONS = ["w3 w2", "a b c", "w9", "w3 w7 w7", "w1 w2", "w22"]

@@ -16,8 +16,8 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from llm2slm import LLM2SLMForConditionalGeneration
-from llm2slm.data import DataCollatorForLLM2SLM, tokenize_pairs
-from llm2slm.features import cache_prompt_features
+from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
+from llm2slm.data.prompt_features import cache_prompt_features
 
 LENGTHS = (5, 9, 3, 9, 1)
 
@@ -172,7 +172,7 @@ CACHE = """
 import os, signal, sys
 from datasets import Dataset
 from conftest import build_model, build_prompts
-from llm2slm import features
+from llm2slm.data import prompt_features as features
 
 features.SHARD_BYTES = 20 * 48 * 2  # 20 tokens
 model, reads = build_model("llama", "t5", llm_layer=[0, -1]), []
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     assert killed.returncode == -signal.SIGKILL
     (folder,) = (tmp_path / "killed").iterdir()
     (folder / "left.part").write_text("by a kill while it was written")
-    monkeypatch.setattr("llm2slm.features.SHARD_BYTES", 20 * 48 * 2)
+    monkeypatch.setattr("llm2slm.data.prompt_features.SHARD_BYTES", 20 * 48 * 2)
     prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((10,) * 12)]})
     rows = prompts_read(model)
     resumed = cache_prompt_features(prompts, model, tmp_path / "killed")
@@ -254,7 +254,7 @@ FULL = """
 import resource, sys
 from conftest import build_model, build_prompts
 from datasets import Dataset
-from llm2slm.features import cache_prompt_features
+from llm2slm.data.prompt_features import cache_prompt_features
 
 prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((40,) * 8)]})
 model = build_model("llama", "t5")

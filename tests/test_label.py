@@ -10,9 +10,12 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llm2slm import LLM2SLMTokenizer, cli, label, systems
-from llm2slm.data import tokenize_pairs
-from llm2slm.pairs import load_pairs
+from llm2slm import LLM2SLMTokenizer
+from llm2slm import language_models as systems
+from llm2slm.cli import main as cli
+from llm2slm.data.collator import tokenize_pairs
+from llm2slm.data.pairs import load_pairs
+from llm2slm.evaluation import labelling as label
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22", "w9 w8 w7 w6 w5 w4 w3"]
 NEW_TOKENS = 6

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from llm2slm.metrics import TextMetric, compare, compute_statistics, interval, resampled_scores
+from llm2slm.evaluation.metrics import TextMetric, compare, compute_statistics, interval, resampled_scores
 
 NAMES = ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
 WORDS = "the a cat dog sat ran on under mat tree and then far away home soon".split()

@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm2slm.pairs import fingerprint, format_of_text, load_pairs, recorded_source
+from llm2slm.data.pairs import fingerprint, format_of_text, load_pairs, recorded_source
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "name": {"de": f"n{i}"}} for i in range(10)]
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import build_llm, build_llm_tokenizer, build_model, build_slm_tokenizer
 from hub_server import HubServer
 
-from llm2slm import LLM2SLMTokenizer, cli
+from llm2slm import LLM2SLMTokenizer
+from llm2slm.cli import main as cli
 
 CARD = "---\nlicense: mit\n---\n# A pair\n"
 LEFT_OUT = (

@@ -20,10 +20,11 @@ from transformers import (
     T5Config,
 )
 
-from llm2slm import cli, train
 from llm2slm.building import train_tokenizer
-from llm2slm.pairs import load_pairs
-from llm2slm.train_options import TrainerOptions, TrainOptions
+from llm2slm.cli import main as cli
+from llm2slm.data.pairs import load_pairs
+from llm2slm.training import run as train
+from llm2slm.training.options import TrainerOptions, TrainOptions
 
 FOLDER = Path(__file__).parents[1] / "training" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -15,8 +15,13 @@ from conftest import save_training
 from safetensors.torch import load_file
 from transformers import Seq2SeqTrainer
 
-from llm2slm import cli
-from llm2slm.run_folder import is_complete, last_complete_checkpoint, move_to_top, remove_incomplete_checkpoints
+from llm2slm.cli import main as cli
+from llm2slm.training.run_folder import (
+    is_complete,
+    last_complete_checkpoint,
+    move_to_top,
+    remove_incomplete_checkpoints,
+)
 
 STEPS, SAVE_STEPS = 60, 5
 

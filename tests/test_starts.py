@@ -10,9 +10,17 @@ from test_building import CORPUS, OTHER_TEXTS, TEXTS, byte_level
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GraniteConfig
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.building import make_slm, slice_lm, token_map, trim_tokenizer
-from llm2slm.features import cache_prompt_features
-from llm2slm.starts import fit_head, standardize_states, start_at_zero, start_from_states
+from llm2slm.building import (
+    fit_head,
+    make_slm,
+    slice_lm,
+    standardize_states,
+    start_at_zero,
+    start_from_states,
+    token_map,
+    trim_tokenizer,
+)
+from llm2slm.data.prompt_features import cache_prompt_features
 
 PROMPTS = [*TEXTS[:3], *CORPUS[:5], *OTHER_TEXTS]
 

@@ -21,9 +21,10 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainer
 
-from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, cli
-from llm2slm.arms import make_collator, with_lora
-from llm2slm.train_options import TrainOptions
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm.cli import main as cli
+from llm2slm.training.options import TrainOptions
+from llm2slm.training.setup import make_collator, with_lora
 
 STEPS = 12
 

@@ -27,7 +27,7 @@ import build_simplify
 from datasets import load_from_disk
 from transformers.utils import logging
 
-from llm2slm import cli
+from llm2slm.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "model_cards" / "simplify-smollm2-135m"

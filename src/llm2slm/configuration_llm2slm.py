@@ -51,7 +51,7 @@ class LLM2SLMConfig(PretrainedConfig):
         projector_norm (`str`, *optional*, defaults to `"layer_norm"`):
             Normalisation of each LLM layer's states before the projector: `"layer_norm"`; `"standardize"`, each
             number less its mean and over its standard deviation, which are constants that
-            [`~llm2slm.starts.standardize_states`] measures; or `None`. The inner layers of a decoder-only LLM are
+            [`~llm2slm.building.standardize_states`] measures; or `None`. The inner layers of a decoder-only LLM are
             hundreds of times larger than its embeddings, and some of their numbers hundreds of times the others.
         llm_layer (`int` or `list[int]`, *optional*, defaults to -1):
             Which hidden states of the LLM are read, counted as in `output_hidden_states`: 0 is the input of the first

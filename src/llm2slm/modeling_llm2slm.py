@@ -77,7 +77,7 @@ class PromptEncoding(ModelOutput):
 class LLM2SLMStandardization(nn.Module):
     """
     `(states - mean) / scale`, number by number, `(..., hidden_size)` as given: both are constants, measured once by
-    [`~llm2slm.starts.standardize_states`]. Until then it changes nothing.
+    [`~llm2slm.building.standardize_states`]. Until then it changes nothing.
     """
 
     mean: torch.Tensor

@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import LLM2SLMForConditionalGeneration
-from .cli import device, load_checkpoint
-from .loading_llm2slm import load_slm, split_gguf
-from .shapes import SHAPES, load_config
+from .. import LLM2SLMForConditionalGeneration
+from ..cli.main import device, load_checkpoint
+from ..loading_llm2slm import load_slm, split_gguf
+from .random_models import SHAPES, load_config
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Contender:
     Something that writes responses.
 
     Args:
-        name (`str`): One of [`~llm2slm.benchmark.NAMES`].
+        name (`str`): One of [`~llm2slm.benchmark.measure.NAMES`].
         config (`PretrainedConfig`, *optional*): Of the model whose costs can be counted.
         parameters (`int`): Its number of weights, shared ones once.
         weight_bytes (`int`): Their size.
@@ -206,7 +206,7 @@ def _assisted(llm, args) -> Contender:
         raise ValueError("The system 'assisted' takes one prompt at a time: --batch-size 1.")
     assistant, inputs, options = _load(args.assistant, args), _prompts(llm.config, args), {}
     if assistant.config.get_text_config().vocab_size != llm.config.get_text_config().vocab_size:
-        from .arms import load_tokenizer
+        from ..training.setup import load_tokenizer
 
         # Universal assisted generation, which translates the drafts through text.
         options = {"tokenizer": load_tokenizer(args.llm), "assistant_tokenizer": load_tokenizer(args.assistant)}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .comparison import METRICS, compare_reports, read_texts
+from ..evaluation.reports import METRICS, compare_reports, read_texts
 
 METHOD = "[LLM-to-SLM](https://arxiv.org/abs/2402.16844)"
 
@@ -66,7 +66,7 @@ def without_format(prompt: str, folder: Path) -> str:
 
 def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
     """Where an LLM-to-SLM checkpoint's LLM is, and how the checkpoint is called."""
-    from .loading_llm2slm import PACKAGE, is_package
+    from ..loading_llm2slm import PACKAGE, is_package
 
     config = read_json(str(folder / "config.json"))
     gguf_file = config.get("llm_gguf_file")
@@ -148,7 +148,7 @@ def describe_results(name: str, reports: list[str], own: dict | None) -> dict[st
 
 def describe_speed(benchmark: dict[str, Any]) -> str:
     """The benchmark's table."""
-    from .benchmark import to_markdown
+    from ..benchmark.measure import to_markdown
 
     try:
         return to_markdown(benchmark).strip()
@@ -187,7 +187,7 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
 
 def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dict | None) -> list[str]:
     """What follows from how it was made."""
-    from .train_options import TrainOptions
+    from ..training.options import TrainOptions
 
     limits = {
         name: trained["recipe"].get(name, vars(TrainOptions)[name])
@@ -283,7 +283,7 @@ def data_name(source: str) -> str:
 
 def data_hub_name(source: str) -> str | None:
     """A data set's name on the Hub, without its configuration; `None` for a file or folder."""
-    from .pairs import FILE_TYPES
+    from ..data.pairs import FILE_TYPES
 
     is_file = os.path.exists(source) or Path(source).suffix in FILE_TYPES or source.count("/") != 1
     return None if is_file else source.partition(":")[0]

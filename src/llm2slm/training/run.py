@@ -26,13 +26,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from . import arms, report
-from .batches import SimilarLengthTrainer
-from .cli import main
-from .loading_llm2slm import resolve_revision, split_gguf
-from .machine import give_back_freed_memory
+from ..cli.main import main
+from ..data.pairs import fingerprint, recorded_source
+from ..loading_llm2slm import resolve_revision, split_gguf
+from ..utils import give_back_freed_memory
+from . import record, setup
 from .optim import parameter_groups
-from .pairs import fingerprint, recorded_source
+from .options import TrainerOptions, TrainOptions, options_parser, recipe_of
 from .run_folder import (
     ELSEWHERE,
     REPORT,
@@ -43,7 +43,7 @@ from .run_folder import (
     remove_incomplete_checkpoints,
     write_folder,
 )
-from .train_options import TrainerOptions, TrainOptions, options_parser, recipe_of
+from .trainer import SimilarLengthTrainer
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
@@ -110,23 +110,23 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
             shutil.rmtree(folder / START, ignore_errors=True)
             _say(training, f"This training is finished: its result is in {folder}.")
             return
-        pairs = arms.load_splits(options)
+        pairs = setup.load_splits(options)
         if options.arm != "llm" and not (folder / START).exists():
             set_seed(training.seed)
-            write_folder(folder / START, lambda path: arms.write_start(options, pairs, training.device, path))
-    model, tokenizer = arms.load_start(options, folder / START)
+            write_folder(folder / START, lambda path: setup.write_start(options, pairs, training.device, path))
+    model, tokenizer = setup.load_start(options, folder / START)
     with training.main_process_first(local=False):
-        examples = arms.make_examples(options, pairs, model, tokenizer)
+        examples = setup.make_examples(options, pairs, model, tokenizer)
         if options.arm == "llm2slm" and options.cache_features:
-            examples = arms.cache_features(options, examples, model)
+            examples = setup.cache_features(options, examples, model)
             model.llm = None
         remove_incomplete_checkpoints(folder, training.world_size)
-    parameters = report.count_parameters(options.arm, model)
-    collator = arms.make_collator(options, model, tokenizer)
+    parameters = record.count_parameters(options.arm, model)
+    collator = setup.make_collator(options, model, tokenizer)
     if options.lora_r is not None:
         set_seed(training.seed)
-        model = arms.with_lora(options, model)
-    parameters["trained"] = report.count_trained(model)
+        model = setup.with_lora(options, model)
+    parameters["trained"] = record.count_trained(model)
     _check_disk(folder, model, training)
 
     trainer = SimilarLengthTrainer(
@@ -137,7 +137,7 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
         eval_dataset=examples.get("validation"),
         processing_class=tokenizer,
         optimizers=(_make_optimizer(options, training, model), None),
-        callbacks=[report.Clock(), _FreedMemory()],
+        callbacks=[record.Clock(), _FreedMemory()],
     )
     checkpoint = last_complete_checkpoint(folder, training.world_size)
     _say(
@@ -197,7 +197,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
     move_to_top(aside, folder)
 
     losses = [entry for entry in history if "loss" in entry]
-    report.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png")
+    record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png")
     content = {
         "arm": options.arm,
         "recipe": {name: value for name, value in recipe.items() if name not in ELSEWHERE},
@@ -218,13 +218,13 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
             "epochs": trainer.state.epoch,
             "final_loss": losses[-1]["loss"] if losses else None,
             "eval_loss": eval_loss,
-            "peak_memory_gib": report.peak_memory_gib(),
+            "peak_memory_gib": record.peak_memory_gib(),
         },
-        "versions": report.versions(),
-        "machine": report.machine(),
+        "versions": record.versions(),
+        "machine": record.machine(),
         "seed": training.seed,
     }
-    report.write_json(folder / REPORT, content)
+    record.write_json(folder / REPORT, content)
     shutil.rmtree(folder / START, ignore_errors=True)
     _say(training, f"Finished: {folder}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .costs import whole_model
-from .machine import cpu_model, resident_bytes
+from ..benchmark.costs import whole_model
+from ..utils import cpu_model, resident_bytes
 
 PACKAGES = ("llm-to-slm", "transformers", "torch", "datasets", "accelerate", "peft")
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_llm2slm import LLM2SLMConfig
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..configuration_llm2slm import LLM2SLMConfig
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 # How T5 and BART-like decoders call their attention to the encoder, and the two projections of the prompt in it.
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from .modeling_llm2slm import response_mask
-from .tokenization_llm2slm import LLM2SLMTokenizer
+from ..modeling_llm2slm import response_mask
+from ..tokenization_llm2slm import LLM2SLMTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class DataCollatorForLLM2SLM:
     Each example has `input_ids` (prompt, LLM's tokenizer) and `labels` (response, SLM's tokenizer), from
     [`tokenize_pairs`], or else `prompt` and `completion`, which are tokenized here, without a limit. It may have
     `prompt_hidden_states` of shape `(prompt_length, prompt_hidden_size)` from
-    [`~llm2slm.features.cache_prompt_features`]. Other columns are left out.
+    [`~llm2slm.data.prompt_features.cache_prompt_features`]. Other columns are left out.
 
     `Seq2SeqTrainer` needs `remove_unused_columns=False` to hand on `prompt` and `completion`. `SFTTrainer` needs it
     for `prompt_hidden_states` too, and tokenizes data sets without `input_ids` itself, as one sequence of one

@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
+from ..cli.main import main
 from .card import hub_name
-from .card_text import read_json
-from .cli import main
+from .card_sections import read_json
 
 CARD, CONFIG, ADAPTER_CONFIG, LLM_TOKENIZER = "README.md", "config.json", "adapter_config.json", "llm_tokenizer"
 # What a checkpoint is made of, by the ends of its files' names; a training's other files are its own affair.
@@ -111,7 +111,7 @@ def point_to_hub(path: Path, args: argparse.Namespace) -> bytes:
     Raises:
         ValueError: if the LLM's is needed and not given.
     """
-    from .loading_llm2slm import is_package
+    from ..loading_llm2slm import is_package
 
     config = read_json(str(path))
     field = "base_model_name_or_path" if path.name == ADAPTER_CONFIG else "llm_name_or_path"

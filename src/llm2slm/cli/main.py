@@ -37,6 +37,17 @@ COMMANDS = {
     "push": "upload model, tokenizer, card and pictures to the Hub, in one commit",
 }
 
+MODULES = {
+    "train": "training.run",
+    "generate": "cli.generate",
+    "evaluate": "evaluation.run",
+    "label": "evaluation.labelling",
+    "estimate": "benchmark.estimate",
+    "benchmark": "benchmark.measure",
+    "card": "sharing.card",
+    "push": "sharing.upload",
+}
+
 
 def main(argv: list[str] | None = None) -> int | None:
     """
@@ -65,7 +76,7 @@ def main(argv: list[str] | None = None) -> int | None:
         subparser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == command:
             subparser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these options")
-            module = importlib.import_module(f"llm2slm.{name}")
+            module = importlib.import_module(f"llm2slm.{MODULES.get(name, name)}")
             module.make_parser(subparser)
             recipe_for = subparser
     error: Exception
@@ -161,7 +172,7 @@ def load_checkpoint(args: argparse.Namespace):
     """
     from transformers import AutoConfig
 
-    from . import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+    from .. import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 
     looks_like_a_folder = args.model.startswith((".", "~", os.sep)) or args.model.endswith(os.sep)
     if looks_like_a_folder and not os.path.isdir(args.model):

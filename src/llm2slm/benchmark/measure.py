@@ -36,12 +36,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import add_loading_arguments, check_new_file, device, main, positive_int, write_aside
-from .machine import cpu_model, reset_peak, resident_bytes
-from .shapes import SHAPES
+from ..cli.main import add_loading_arguments, check_new_file, device, main, positive_int, write_aside
+from ..utils import cpu_model, reset_peak, resident_bytes
+from .random_models import SHAPES
 
 if TYPE_CHECKING:  # torch and transformers are imported when it runs: `--help` is quick
-    from .contenders import Contender
+    from .runners import Contender
 
 # What can be measured; those behind `llm` have to be asked for.
 NAMES = {
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .contenders import load_contenders
+    from .runners import load_contenders
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -228,7 +228,7 @@ def predict_latencies(contenders: "list[Contender]", args: argparse.Namespace) -
 
     from .costs import costs_of
     from .estimate import predict
-    from .probe import probe
+    from .machine_speed import probe
 
     counted = {c.name: costs_of(c.config) for c in contenders if c.name in ("slm", "llm2slm", "llm")}
     if not counted:

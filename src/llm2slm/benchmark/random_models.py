@@ -84,7 +84,7 @@ def load_config(name: str) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    from .loading_llm2slm import split_gguf
+    from ..loading_llm2slm import split_gguf
 
     if name in SHAPES:
         model_type, sizes = SHAPES[name]

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .loading_llm2slm import fingerprint
+from ..loading_llm2slm import fingerprint
 
 logger = logging.getLogger(__name__)
 

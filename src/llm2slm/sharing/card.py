@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .card_text import (
+from ..cli.main import main
+from ..evaluation.reports import METRICS, read_report
+from .card_sections import (
     as_code,
     data_hub_name,
     data_name,
@@ -29,8 +31,6 @@ from .card_text import (
     read_json,
     summarize,
 )
-from .cli import main
-from .comparison import METRICS, read_report
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 # What stands in cards that nobody wrote: this command's own, save_pretrained's, the Trainer's and PEFT's.
@@ -224,7 +224,7 @@ def find_licences(args: argparse.Namespace, trained: dict[str, Any], bases: dict
 
 def read_licence(place: str, name: str) -> str | None:
     """What a model's own card or GGUF file says, on this machine or else on the Hub; `None` if neither can be read."""
-    from .loading_llm2slm import split_gguf
+    from ..loading_llm2slm import split_gguf
 
     folder, gguf_file = split_gguf(place, None)
     found = licence_of_card(os.path.join(folder, "README.md")) if os.path.isdir(folder) else None

@@ -11,20 +11,23 @@ A projector fitted to the SLM's own embeddings of the prompt was tried, and no b
 """
 
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from .loading_llm2slm import without_head
+from ..loading_llm2slm import without_head
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RARE = 3  # a token seen this often starts halfway between its mean state and what the regression says
 RIDGE = 1e-4  # of each input's sum of squares, so that the scale of the LLM's layers makes no difference
 
 
 @torch.no_grad()
-def standardize_states(model, dataset: Dataset, max_rows: int = 4096) -> None:
+def standardize_states(model, dataset: "Dataset", max_rows: int = 4096) -> None:
     r"""
     Measures mean and standard deviation of each number of the LLM's states, by which a projector with
     `projector_norm="standardize"` brings them to one scale. It comes before any other start.
@@ -38,7 +41,7 @@ def standardize_states(model, dataset: Dataset, max_rows: int = 4096) -> None:
         model ([`LLM2SLMForConditionalGeneration`]): Changed in place.
         dataset (`datasets.Dataset`):
             With the columns `input_ids` and `prompt_hidden_states` (from
-            [`~llm2slm.features.cache_prompt_features`]).
+            [`~llm2slm.data.prompt_features.cache_prompt_features`]).
         max_rows (`int`, *optional*, defaults to 4096): This many rows are measured, evenly spaced.
 
     Raises:
@@ -84,7 +87,7 @@ def start_at_zero(model):
 
 
 @torch.no_grad()
-def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
+def start_from_states(model, dataset: "Dataset", max_rows: int = 4096) -> float:
     r"""
     Starts an SLM made of the LLM's layers above the one that is read at the LLM's own states: the SLM's input
     embedding of a token becomes the mean state of that token in the texts, and with `fusion="replace"` the projector
@@ -100,7 +103,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
             [`~llm2slm.building.slice_lm`], and for `fusion="replace"` a linear projector without a layer norm.
         dataset (`datasets.Dataset`):
             With the columns `input_ids` (texts, LLM's tokenizer: prompts, with their responses if these are in other
-            words) and `prompt_hidden_states` (from [`~llm2slm.features.cache_prompt_features`]).
+            words) and `prompt_hidden_states` (from [`~llm2slm.data.prompt_features.cache_prompt_features`]).
         max_rows (`int`, *optional*, defaults to 4096): This many rows are counted, evenly spaced.
 
     Returns:
@@ -163,7 +166,7 @@ def start_from_states(model, dataset: Dataset, max_rows: int = 4096) -> float:
 
 
 @torch.no_grad()
-def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
+def fit_head(model, lm, dataset: "Dataset", max_rows: int = 512) -> float:
     r"""
     Fits the head of an SLM that is a slice of the LLM to the slice: a linear map from the slice's final states to
     those of the whole LLM, found by ridge regression on the texts, becomes part of the head. The layers between,
@@ -177,7 +180,7 @@ def fit_head(model, lm, dataset: Dataset, max_rows: int = 512) -> float:
         lm (`PreTrainedModel`): The whole LLM with its head, decoder-only, of which the SLM is a slice.
         dataset (`datasets.Dataset`):
             With the columns `input_ids` (texts, LLM's tokenizer) and `prompt_hidden_states` (from
-            [`~llm2slm.features.cache_prompt_features`]).
+            [`~llm2slm.data.prompt_features.cache_prompt_features`]).
         max_rows (`int`, *optional*, defaults to 512): This many texts are read, evenly spaced.
 
     Returns:
@@ -237,12 +240,12 @@ def _in_eval_mode(model):
         model.train(training)
 
 
-def evenly_spaced(dataset: Dataset, max_rows: int) -> range:
+def evenly_spaced(dataset: "Dataset", max_rows: int) -> range:
     """Numbers of at most this many rows, each as far from the next."""
     return range(0, len(dataset), -(-len(dataset) // max_rows))
 
 
-def _check_columns(dataset: Dataset):
+def _check_columns(dataset: "Dataset"):
     if missing := {"input_ids", "prompt_hidden_states"} - set(dataset.column_names):
         raise ValueError(
             f"The data set lacks the column(s) {sorted(missing)}, it has {dataset.column_names}: tokenize it, then "

@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .cli import add_loading_arguments, check_new_file, main, positive_int, write_aside
-from .comparison import METRICS, compare_reports, score_table, texts_path
+from ..cli.main import add_loading_arguments, check_new_file, main, positive_int, write_aside
+from .reports import METRICS, compare_reports, score_table, texts_path
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         return run_comparison(args)
     check_options(args)
     metrics, pairs = import_extras()
-    from .run_folder import read_run
+    from ..training.run_folder import read_run
 
     trained = read_run(args.model)
     if args.prompt_max_length is None and not (args.few_shot or args.instruction):
@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
     if args.few_shot:
         shots = pairs.load_pairs(args.data, args.few_shot_split, **formats, max_examples=args.few_shot).to_list()
 
-    from .report import machine, versions
-    from .systems import load_system
+    from ..language_models import load_system
+    from ..training.record import machine, versions
 
     model, tokenizer = load_system(args, (trained["llm"] or {}).get("name_or_path"))
     rows, stop = make_rows(args, model, tokenizer, dataset, shots)
@@ -175,7 +175,8 @@ def check_options(args: argparse.Namespace) -> None:
 def import_extras():
     """The modules that need packages of the extra `train`."""
     try:
-        from . import metrics, pairs
+        from ..data import pairs
+        from . import metrics
     except ImportError as error:
         raise ImportError(f"{error}. Evaluation needs: pip install 'llm-to-slm[train]'") from error
     return metrics, pairs
@@ -183,7 +184,7 @@ def import_extras():
 
 def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
     """The tokens that the training cut prompts to; `None` if it cut none. A recipe says what is not the default."""
-    from .train_options import TrainOptions
+    from ..training.options import TrainOptions
 
     return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
 
@@ -205,8 +206,8 @@ def make_rows(
     """
     from datasets import Dataset
 
-    from .data import tokenize_pairs
-    from .systems import SHOT_SEPARATOR, check_positions, few_shot_prompts
+    from ..data.collator import tokenize_pairs
+    from ..language_models import SHOT_SEPARATOR, check_positions, few_shot_prompts
 
     stop = None
     if args.few_shot or args.instruction:
@@ -229,8 +230,8 @@ def make_rows(
 # ---------------------------------------------------------------------------------------------------- what is measured
 def measure(args: argparse.Namespace, model, tokenizer, rows: list[dict], stop: str | None):
     """The responses, and the report's `loss`, `speed`, `costs` and, for LLM-to-SLM, `shuffled_states`."""
+    from ..language_models import set_generation
     from .shuffled_states import shuffle_among_like
-    from .systems import set_generation
 
     # Prompts of like length share a batch; the longest first, so that what does not fit fails at once.
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), -len(rows[i]["labels"])))
@@ -263,16 +264,16 @@ def held_out_loss(
     The mean negative log-likelihood (nats) of the references' tokens, ends included.
 
     Args:
-        model: Any that [`~llm2slm.systems.load_system`] gives.
+        model: Any that [`~llm2slm.language_models.load_system`] gives.
         tokenizer ([`LLM2SLMTokenizer`]): The model's.
         rows (`list[dict]`): The examples, with `input_ids` and `labels`.
         order (`list[int]`): The order in which they are read.
         batch_size (`int`): How many at a time.
         donors (`list[int]`, *optional*): For each example of LLM-to-SLM the one whose LLM states it is given.
     """
-    from .data import DataCollatorForLLM2SLM
+    from ..data.collator import DataCollatorForLLM2SLM
+    from ..language_models import response_loss
     from .shuffled_states import states_of_others
-    from .systems import response_loss
 
     collate = DataCollatorForLLM2SLM(tokenizer)
     total = 0.0
@@ -287,8 +288,8 @@ def held_out_loss(
 
 def write_all_responses(model, tokenizer, rows: list[dict], order: list[int], batch_size: int, stop: str | None):
     """The responses in the order of `rows`, and the speed as the report has it."""
-    from .data import DataCollatorForLLM2SLM
-    from .systems import write_responses
+    from ..data.collator import DataCollatorForLLM2SLM
+    from ..language_models import write_responses
 
     collate = DataCollatorForLLM2SLM(tokenizer)
     responses = [""] * len(rows)
@@ -311,7 +312,7 @@ def write_all_responses(model, tokenizer, rows: list[dict], order: list[int], ba
 
 def count_costs(config, rows: list[dict], speed: dict[str, Any], num_beams: int) -> dict[str, float]:
     """What the system has and, for prompts and responses of the mean length, computes for one example."""
-    from .costs import costs_of
+    from ..benchmark.costs import costs_of
 
     costs = costs_of(config)
     prompt_length = sum(len(row["input_ids"]) for row in rows) / len(rows)

@@ -1,6 +1,6 @@
 """BLEU, chrF, ROUGE and exact match with 95% intervals, offline, and the paired comparison of two systems.
 
-    >>> from llm2slm.metrics import TextMetric
+    >>> from llm2slm.evaluation.metrics import TextMetric
     >>> TextMetric("chrf").compute(predictions=["a cat sat"], references=["a cat sat down"])
 
 Each metric is a function of numbers that are added up over the examples: n-gram counts for BLEU and chrF, the

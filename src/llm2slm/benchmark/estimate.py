@@ -19,12 +19,12 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .cli import check_new_file, device, main, positive_int, write_aside
-from .shapes import SHAPES, load_config
+from ..cli.main import check_new_file, device, main, positive_int, write_aside
+from .random_models import SHAPES, load_config
 
 if TYPE_CHECKING:  # torch and transformers are imported when it runs: `--help` is quick
     from .costs import Costs
-    from .probe import Machine
+    from .machine_speed import Machine
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from .configuration_llm2slm import LLM2SLMConfig
+    from ..configuration_llm2slm import LLM2SLMConfig
     from .costs import costs_of
-    from .probe import probe
+    from .machine_speed import probe
 
     check_new_file(args.output)
     if args.threads is not None:
@@ -91,8 +91,8 @@ def predict(
     Predicts the latencies of a system.
 
     Args:
-        costs ([`~llm2slm.costs.Costs`]): What the system computes and reads.
-        machine ([`~llm2slm.probe.Machine`]): What it runs on.
+        costs ([`~llm2slm.benchmark.costs.Costs`]): What the system computes and reads.
+        machine ([`~llm2slm.benchmark.machine_speed.Machine`]): What it runs on.
         lengths (`tuple[int, int]`): Tokens of prompt and response.
         batch_size (`int`): Prompts at a time.
         bytes_per_number (`float`): Of a weight, and of a number in the cache.

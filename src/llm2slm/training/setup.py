@@ -15,18 +15,19 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import LENGTH
-from .building import limit_tokenizer, make_slm, slice_lm, token_map, train_tokenizer, trim_tokenizer
-from .configuration_llm2slm import LLM2SLMConfig
-from .data import DataCollatorForLLM2SLM, tokenize_pairs
-from .features import cache_prompt_features
+from ..building.initialization import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
+from ..building.slm import make_slm, slice_lm
+from ..building.tokenizers import limit_tokenizer, token_map, train_tokenizer, trim_tokenizer
+from ..configuration_llm2slm import LLM2SLMConfig
+from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
+from ..data.pairs import format_of_text, load_pairs
+from ..data.prompt_features import cache_prompt_features
+from ..loading_llm2slm import load_slm, max_positions, split_gguf
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .frozen_head import read_states_in_one_piece
-from .loading_llm2slm import load_slm, max_positions, split_gguf
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .pairs import format_of_text, load_pairs
-from .starts import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
-from .tokenization_llm2slm import LLM2SLMTokenizer
-from .train_options import TrainOptions
+from .options import TrainOptions
+from .trainer import LENGTH
 
 FRESH_VOCAB_SIZE = 8192
 MAX_TEXTS = 1024  # read for a start from the LLM's states

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .cli import check_new_file, main, positive_int, write_aside
+from ..cli.main import check_new_file, main, positive_int, write_aside
 
 SETTINGS, RECORD = "settings.json", "label.json"
 
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
         from datasets import DatasetDict
     except ImportError as error:
         raise ImportError(f"{error}. Labelling needs: pip install 'llm-to-slm[train]'") from error
-    from .report import machine, versions
-    from .run_folder import read_run
+    from ..training.record import machine, versions
+    from ..training.run_folder import read_run
 
     trained = read_run(args.llm)
     rows, prompts, shots = read_data(args, trained["data"].get("prompt_format"))
@@ -162,7 +162,7 @@ def read_data(args: argparse.Namespace, trained_format: str | None):
         OSError: if there is no such data set.
         ValueError: if it lacks a split or a column, or a prompt is empty or not what the options are for.
     """
-    from .pairs import load_pairs, load_rows, make_texts
+    from ..data.pairs import load_pairs, load_rows, make_texts
 
     prompt_format = args.prompt_format if args.prompt_format is not None else trained_format
     shots: list[dict[str, str]] = []
@@ -189,7 +189,7 @@ def read_data(args: argparse.Namespace, trained_format: str | None):
 
 def load_llm(args: argparse.Namespace, trained: dict[str, Any]):
     """Any language model, and its tokenizer for both sides."""
-    from .systems import load_system, set_generation
+    from ..language_models import load_system, set_generation
 
     where = argparse.Namespace(
         model=args.llm, llm=args.base, revision=args.revision, dtype=args.dtype, device=args.device
@@ -208,7 +208,7 @@ def add_examples(args: argparse.Namespace, tokenizer, prompts: dict[str, list], 
     Raises:
         ValueError: if a chat template is asked for that there is not.
     """
-    from .systems import SHOT_SEPARATOR, few_shot_prompts
+    from ..language_models import SHOT_SEPARATOR, few_shot_prompts
 
     if args.chat_template and tokenizer.chat_template is None:
         raise ValueError(f"--chat-template: {args.llm!r} has none.")
@@ -246,7 +246,7 @@ def check_positions(model, ids: dict[str, list[list[int]]], max_new_tokens: int)
     Raises:
         ValueError: if some do not: how many, and how long the longest is.
     """
-    from .loading_llm2slm import max_positions
+    from ..loading_llm2slm import max_positions
 
     positions = max_positions(model.config.get_text_config())
     if positions is None:
@@ -301,8 +301,8 @@ def write_split(
     from tqdm.auto import tqdm
     from transformers import set_seed
 
-    from .data import DataCollatorForLLM2SLM
-    from .systems import write_responses
+    from ..data.collator import DataCollatorForLLM2SLM
+    from ..language_models import write_responses
 
     # Prompts of like length share a batch; the longest first, so that what does not fit fails at once.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))

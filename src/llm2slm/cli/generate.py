@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .cli import add_loading_arguments, check_new_file, load_checkpoint, main, positive_int, write_aside
+from .main import add_loading_arguments, check_new_file, load_checkpoint, main, positive_int, write_aside
 
 
 def make_parser(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .generate import read_jsonl
+from ..cli.generate import read_jsonl
 
 METRICS = {
     "bleu": "BLEU",

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .cli import device, load_checkpoint
-from .frozen_head import read_states_in_one_piece
+from .cli.main import device, load_checkpoint
 from .loading_llm2slm import load_slm, max_positions, split_gguf
 from .tokenization_llm2slm import LLM2SLMTokenizer
+from .training.frozen_head import read_states_in_one_piece
 
 SHOT_SEPARATOR = "\n\n"  # between the examples shown to a model without a chat template; ends its response
 

@@ -1,0 +1,1 @@
+"""Speed: measured beside what else one might use, and estimated before there are weights."""

@@ -1,0 +1,1 @@
+"""Evaluation: responses, scores, reports, and data sets labelled by an LLM."""
