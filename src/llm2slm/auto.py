@@ -31,7 +31,7 @@ if transformers.pipelines.__dict__.get("REMOVED_TASKS", {}).pop("text2text-gener
 def _register_feature() -> None:
     """The column type of cached prompt features; without what it needs there is none, and `datasets` works as ever."""
     with contextlib.suppress(ImportError):
-        from . import features  # noqa: F401
+        from .data import prompt_features  # noqa: F401
 
 
 class _AfterDatasets(MetaPathFinder):
