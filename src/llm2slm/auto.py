@@ -37,7 +37,7 @@ def _register_feature() -> None:
 class _AfterDatasets(MetaPathFinder):
     """
     Registers the column type once `datasets` is imported: a data set saved with cached prompt features is then loaded
-    by any script that imports this package. Importing `datasets` here would cost a second, also those who do not use it.
+    by any script that imports this package. To import `datasets` here would take a second of every other script, too.
     """
 
     @staticmethod

@@ -325,6 +325,31 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         """The SLM's decoder."""
         return self.slm.get_decoder()
 
+    # What Transformers gives to every model and this one cannot do: it would come to nothing, or to an obscure error.
+    def set_encoder(self, encoder, modality=None):
+        """What encodes the prompt is the LLM, which the projector was trained for."""
+        raise NotImplementedError(
+            "The prompt is encoded by the LLM: `load_llm` loads it, and `from_llm_slm_pretrained` builds a pair on "
+            "another."
+        )
+
+    def set_decoder(self, decoder):
+        """What writes the response is the SLM, which the projector was trained for."""
+        raise NotImplementedError("Set the decoder of the SLM by itself, before `from_llm_slm_pretrained`.")
+
+    def prune_heads(self, heads_to_prune):
+        """The heads are the SLM's."""
+        raise NotImplementedError("Prune the SLM by itself, before `from_llm_slm_pretrained`: `slm.prune_heads(...)`.")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Continuous batching, `generate_batch` among it, reads token ids alone, and the SLM's prompts are states."""
+        raise NotImplementedError(
+            "Continuous batching takes token ids, but the SLM reads projected states: call `generate` on padded "
+            "batches."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     @property
     def base_model(self) -> nn.Module:
         """All but the SLM's head: what TRL's trainers call, to compute loss and metrics with the head themselves."""

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 LLM_FOLDER = "llm_tokenizer"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -19,8 +20,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     The SLM's tokenizer (ids, special tokens, `decode`, `text_target`) whose prompt side is the LLM's tokenizer
     (`__call__`, `encode`, `pad`, chat templates).
 
-    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` of the prompts are set
-    on `llm_tokenizer`.
+    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side`, `truncation_side` and `model_max_length` of
+    the prompts are those of `llm_tokenizer`. Responses are padded and cut at their end.
     """
 
     # No `__init__`: Transformers 5 takes apart a fast tokenizer whose class defines one, and loses its pre-tokenizer.
@@ -74,6 +75,9 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         joined.llm_tokenizer = _as_prompt_tokenizer(
             PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **nested)
         )
+        for name in ("padding_side", "truncation_side"):
+            if name in kwargs:
+                setattr(joined, name, kwargs[name])
         return joined
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -118,6 +122,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             raise ValueError("Pass `text` (prompts), `text_target` (responses) or both.")
         if text is None:
             return self._encode_response(text_target, **kwargs)
+        _check_prompt_arguments(text_target, *args, **kwargs)
         encoding = self.llm_tokenizer(text, *args, **kwargs)
         if text_target is not None:
             encoding["labels"] = self._encode_response(text_target, **kwargs)["input_ids"]
@@ -151,6 +156,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
     # -------------------------------------------------------------------------------------------------- response side
     def _encode_response(self, text, padding=False, truncation=None, max_length=None, return_tensors=None, **kwargs):
+        if truncation and max_length is None and self.model_max_length < LARGE_INTEGER:
+            max_length = self.model_max_length
         if max_length is not None:
             max_length -= 1  # room for the end-of-sequence token
         kwargs.pop("add_special_tokens", None)  # a chat-templated prompt brings its own; a response never does
@@ -161,7 +168,10 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         if isinstance(text, str) and return_tensors is None and not padding:
             encoding = {name: value[0] for name, value in encoding.items()}
         max_length = None if max_length is None else max_length + 1
-        return super().pad(encoding, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        multiple = kwargs.get("pad_to_multiple_of")
+        return super().pad(
+            encoding, padding, max_length=max_length, pad_to_multiple_of=multiple, return_tensors=return_tensors
+        )
 
     def _ended(self, row: list[int]) -> list[int]:
         ended = bool(row) and row[-1] == self.eos_token_id
@@ -171,6 +181,65 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         if not ended and row and row[0] == self.bos_token_id:
             row = row[1:]
         return [*row, self.eos_token_id]
+
+    # ------------------------------------------------------------------------- what one tokenizer does, and two cannot
+    @property
+    def padding_side(self) -> str:
+        """The responses', where collators look for that of `labels`; the prompts' is that of `llm_tokenizer`."""
+        return "right"
+
+    @padding_side.setter
+    def padding_side(self, value):
+        self._check_side("padding_side", value)
+
+    @property
+    def truncation_side(self) -> str:
+        """The responses'; the prompts' is that of `llm_tokenizer`."""
+        return "right"
+
+    @truncation_side.setter
+    def truncation_side(self, value):
+        self._check_side("truncation_side", value)
+
+    def _check_side(self, name: str, value: str):
+        if self.llm_tokenizer is not None and value != "right":
+            raise ValueError(
+                f"`{name}` of responses is 'right', got {value!r}. That of prompts is set on the LLM's tokenizer: "
+                f"`tokenizer.llm_tokenizer.{name} = {value!r}`."
+            )
+
+    def encode_plus(self, text, *args, **kwargs):
+        """As `__call__`; only Transformers 4 has it."""
+        return self(text, *args, **kwargs)
+
+    def as_target_tokenizer(self):
+        """Gone from Transformers 5; 4 would tokenize the responses with the LLM's tokenizer."""
+        raise NotImplementedError("Pass responses as `text_target`: `tokenizer(prompts, text_target=responses)`.")
+
+    def prepare_seq2seq_batch(self, *args, **kwargs):
+        """Likewise."""
+        self.as_target_tokenizer()
+
+    def train_new_from_iterator(self, *args, **kwargs):
+        """One of the two is trained, and joined again."""
+        raise NotImplementedError(
+            "Train one of the two, `tokenizer.llm_tokenizer` or `tokenizer.slm_tokenizer`, and join them with "
+            "`LLM2SLMTokenizer.from_tokenizers`."
+        )
+
+
+def _check_prompt_arguments(
+    text_target, text_pair=None, text_pair_target=None, return_overflowing_tokens=False, **kwargs
+):
+    if text_pair is not None or text_pair_target is not None:
+        raise ValueError(
+            "A prompt is one text, without a `text_pair`. Responses are `text_target`: "
+            "`tokenizer(prompts, text_target=responses)`."
+        )
+    if text_target is not None and return_overflowing_tokens:
+        raise ValueError(
+            "`return_overflowing_tokens=True` makes several prompts of one: tokenize the responses apart from them."
+        )
 
 
 def _without_indent(path: str) -> None:

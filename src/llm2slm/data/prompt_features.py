@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..loading_llm2slm import fingerprint
+from .collator import check_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +79,12 @@ def cache_prompt_features(
         `datasets.Dataset`: the same rows, with states that are read from the memory-mapped cache row by row.
 
     Raises:
+        TypeError: if `dataset` is no `datasets.Dataset`.
         ValueError: if the data set has no `input_ids` or already has states of another LLM, if a prompt is empty or
             too long, or if a state is not finite in `dtype`.
         OSError: if the disk cannot hold the cache (before anything is run), or there is no LLM.
     """
+    check_dataset(dataset)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     if "input_ids" not in dataset.column_names:
