@@ -160,7 +160,7 @@ class LosslessGenerationMixin(GenerationMixin):
             raise ValueError(f"`draft_confidence` must be from 0 to 1, got {draft_confidence!r}.")
 
 
-def given_once(inputs: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+def given_once(inputs: torch.LongTensor | None, input_ids: torch.LongTensor | None) -> torch.LongTensor | None:
     """The prompt's ids, which `generate` takes by two names."""
     if inputs is not None and input_ids is not None:
         raise ValueError("`inputs` and `input_ids` are one argument, the prompt's ids: pass it once.")
