@@ -204,20 +204,20 @@ def test_what_a_pair_cannot_do_says_what_can(model):
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
-def test_sides_of_prompts_are_set_on_the_llms_tokenizer(tokenizer, tmp_path):
+def test_sides_that_are_set_are_the_prompts(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    for name in ("padding_side", "truncation_side"):
-        setattr(tokenizer, name, "right")
-        message = rf"set on the LLM's tokenizer: `tokenizer.llm_tokenizer.{name} = 'left'`"
-        with pytest.raises(ValueError, match=message):
-            setattr(tokenizer, name, "left")
-        with pytest.raises(ValueError, match=message):
-            LLM2SLMTokenizer.from_pretrained(tmp_path, **{name: "left"})
-        setattr(tokenizer.llm_tokenizer, name, "left")
-    assert tokenizer(["w1 w2", "w1"], padding=True)["attention_mask"][1] == [0, 1, 1]
-    assert tokenizer("w1 w2 w3", truncation=True, max_length=2)["input_ids"] == tokenizer("w3")["input_ids"]
-    labels = tokenizer(text_target=["abc", "a"], padding=True, truncation=True, max_length=3)["input_ids"]
-    assert labels[0][0] == labels[1][0] and labels[1][-1] == PAD
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    loaded = LLM2SLMTokenizer.from_pretrained(tmp_path, **sides)
+    for name, side in sides.items():
+        setattr(tokenizer, name, side)
+        with pytest.raises(ValueError, match=f"`{name}` must be 'left' or 'right', got 'top'"):
+            setattr(tokenizer, name, "top")
+    for changed in (tokenizer, loaded):
+        assert changed(["w1 w2", "w1"], padding=True)["attention_mask"][1] == [0, 1, 1]
+        assert changed("w1 w2 w3", truncation=True, max_length=2)["input_ids"] == changed("w3")["input_ids"]
+        labels = changed(text_target=["abc", "a"], padding=True, truncation=True, max_length=3)["input_ids"]
+        assert labels[0][0] == labels[1][0] and labels[1][-1] == PAD
+        assert (changed.padding_side, changed.truncation_side) == ("right", "right")  # of `labels`, for collators
 
 
 def test_a_prompt_is_one_text(tokenizer):

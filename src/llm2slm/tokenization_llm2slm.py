@@ -20,8 +20,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     The SLM's tokenizer (ids, special tokens, `decode`, `text_target`) whose prompt side is the LLM's tokenizer
     (`__call__`, `encode`, `pad`, chat templates).
 
-    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side`, `truncation_side` and `model_max_length` of
-    the prompts are those of `llm_tokenizer`. Responses are padded and cut at their end.
+    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` are set for prompts;
+    responses are padded and cut at their end. `model_max_length` is the responses'; the prompts' is `llm_tokenizer`'s.
     """
 
     # No `__init__`: Transformers 5 takes apart a fast tokenizer whose class defines one, and loses its pre-tokenizer.
@@ -185,28 +185,30 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     # ------------------------------------------------------------------------- what one tokenizer does, and two cannot
     @property
     def padding_side(self) -> str:
-        """The responses', where collators look for that of `labels`; the prompts' is that of `llm_tokenizer`."""
+        """
+        Set, the side that prompts are padded on, as on `llm_tokenizer`. Read, that of responses, which is always the
+        right one: collators look here for the side of `labels`.
+        """
         return "right"
 
     @padding_side.setter
     def padding_side(self, value):
-        self._check_side("padding_side", value)
+        self._set_side("padding_side", value)
 
     @property
     def truncation_side(self) -> str:
-        """The responses'; the prompts' is that of `llm_tokenizer`."""
+        """Set, the side that prompts are cut on; read, that of responses, which are always cut at their end."""
         return "right"
 
     @truncation_side.setter
     def truncation_side(self, value):
-        self._check_side("truncation_side", value)
+        self._set_side("truncation_side", value)
 
-    def _check_side(self, name: str, value: str):
-        if self.llm_tokenizer is not None and value != "right":
-            raise ValueError(
-                f"`{name}` of responses is 'right', got {value!r}. That of prompts is set on the LLM's tokenizer: "
-                f"`tokenizer.llm_tokenizer.{name} = {value!r}`."
-            )
+    def _set_side(self, name: str, value: str):
+        if value not in ("left", "right"):
+            raise ValueError(f"`{name}` must be 'left' or 'right', got {value!r}.")
+        if self.llm_tokenizer is not None:  # while it is being made, there is none yet
+            setattr(self.llm_tokenizer, name, value)
 
     def encode_plus(self, text, *args, **kwargs):
         """As `__call__`; only Transformers 4 has it."""
