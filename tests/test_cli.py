@@ -303,7 +303,7 @@ def test_generate_keeps_the_other_columns_of_jsonl(checkpoints, tmp_path):
 
 
 def test_generate_reads_standard_input(checkpoints, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3\nw4"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w1 w2 w3\nw4")))
     assert cli.main(["generate", "--model", checkpoints["llama"], "--max-new-tokens", "4"]) is None
     expected = expected_responses(checkpoints["llama"], ["w1 w2 w3", "w4"], max_new_tokens=4)
     assert capsys.readouterr().out.splitlines() == expected

@@ -175,10 +175,10 @@ def test_chats_have_their_template_and_no_form(formed, llm_tokenizer):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"text": "w1", "text_pair": "w2"}, {"text": ["w1", "w2"], "is_split_into_words": True}, {"text": [["w1", "w2"]]}],
+    [{"text": ["w1", "w2"], "is_split_into_words": True}, {"text": [["w1", "w2"]]}],
 )
 def test_what_is_not_one_text_has_no_place_in_the_form(formed, llm_tokenizer, arguments):
-    with pytest.raises(ValueError, match="form of one text: pairs and words.*apply_prompt_format=False"):
+    with pytest.raises(ValueError, match="form of one text: words.*apply_prompt_format=False"):
         formed(**arguments)
     if not isinstance(arguments["text"][0], list):
         found = formed(**arguments, apply_prompt_format=False)["input_ids"]

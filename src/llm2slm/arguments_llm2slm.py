@@ -59,13 +59,11 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "use_mtp": ((False,), _NO_DRAFTER),
     "speculation_type": ((), _NO_DRAFTER),
     "is_assistant": ((False,), "this model drafts in `generate_lossless` only"),
-    "inputs_embeds": ((), "pass the prompt as `input_ids`, `prompt_hidden_states` or `prompt_embeds`"),
     "encoder_outputs": ((), "pass an encoded prompt as `prompt_embeds`, from `encode_prompt`"),
     "decoder_inputs_embeds": ((), "pass the beginning of the response as `decoder_input_ids`"),
     "position_ids": ((), _POSITIONS),
     "decoder_position_ids": ((), _POSITIONS),
     "cache_position": ((), _POSITIONS),
-    "token_type_ids": ((), "neither model reads them; tokenize with `return_token_type_ids=False`"),
 }
 # Decoding modes that have left Transformers; 4.57 stops at them with an AttributeError.
 _MOVED: dict[str, tuple[tuple, str]] = {
@@ -86,6 +84,13 @@ def only_special_tokens(config: GenerationConfig) -> GenerationConfig:
 def stop_at_strings(strings: str | list[str], tokenizer, criteria=None) -> StoppingCriteriaList:
     """`criteria`, and one that ends a response behind any of `strings`, as `tokenizer` writes them."""
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, strings)])
+
+
+def given_once(inputs: torch.LongTensor | None, input_ids: torch.LongTensor | None) -> torch.LongTensor | None:
+    """The prompt's ids, which `generate` takes by two names."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("`inputs` and `input_ids` are one argument, the prompt's ids: pass it once.")
+    return inputs if input_ids is None else input_ids
 
 
 def num_prompts(*prompts) -> int | None:

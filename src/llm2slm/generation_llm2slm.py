@@ -20,6 +20,7 @@ from .arguments_llm2slm import (
     PROMPT_AND_RESPONSE,
     check_response,
     count_from_the_response,
+    given_once,
     num_prompts,
     read_arguments,
     refuse_what_cannot_be_had,
@@ -94,6 +95,7 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         is_encoder_decoder = self.config.slm_config.is_encoder_decoder
         max_length = kwargs.get("max_length")
         generation_config, kwargs = read_arguments(self.generation_config, generation_config, kwargs)
+        _check_prompt_kwargs(kwargs)
         start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
         beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
         # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
@@ -104,7 +106,7 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             kwargs["stopping_criteria"] = stop_at_strings(strings, tokenizer, kwargs.get("stopping_criteria"))
         refuse_what_cannot_be_had(generation_config, kwargs, self.slm, self.config.decoder_start_token_id)
         # 2. Prompt phase: the only place where the LLM runs.
-        input_ids = inputs if input_ids is None else input_ids
+        input_ids = given_once(inputs, input_ids)
         if beginning is not None:
             rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
             check_response("decoder_input_ids", beginning, rows)

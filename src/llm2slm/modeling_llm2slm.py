@@ -17,6 +17,7 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -388,6 +389,31 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         """The SLM's decoder."""
         return self.slm.get_decoder()
 
+    # What Transformers gives to every model and this one cannot do: it would come to nothing, or to an obscure error.
+    def set_encoder(self, encoder, modality=None):
+        """What encodes the prompt is the LLM, which the projector was trained for."""
+        raise NotImplementedError(
+            "The prompt is encoded by the LLM: `load_llm` loads it, and `from_llm_slm_pretrained` builds a pair on "
+            "another."
+        )
+
+    def set_decoder(self, decoder):
+        """What writes the response is the SLM, which the projector was trained for."""
+        raise NotImplementedError("Set the decoder of the SLM by itself, before `from_llm_slm_pretrained`.")
+
+    def prune_heads(self, heads_to_prune):
+        """The heads are the SLM's."""
+        raise NotImplementedError("Prune the SLM by itself, before `from_llm_slm_pretrained`: `slm.prune_heads(...)`.")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Continuous batching, `generate_batch` among it, reads token ids alone, and the SLM's prompts are states."""
+        raise NotImplementedError(
+            "Continuous batching takes token ids, but the SLM reads projected states: call `generate` on padded "
+            "batches."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     @property
     def base_model(self) -> nn.Module:
         """All but the SLM's head: what TRL's trainers call, to compute loss and metrics with the head themselves."""
@@ -424,6 +450,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
         """
         adds_own_embeddings = self.config.fusion == "add" and self.config.shared_tokenizer
+        input_ids = _as_ids("input_ids", input_ids)
         if prompt_hidden_states is None:
             prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
             if attention_mask is None:
@@ -433,8 +460,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             prompt_hidden_states, attention_mask = self._check_prompt_states(
                 "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
             )
-            if adds_own_embeddings:
-                self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask)
+            self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask, adds_own_embeddings)
         device = compute_device(self.projector)
         attention_mask = attention_mask.to(device).long()
         # (batch_size, prompt_length, slm_hidden_size)
@@ -525,9 +551,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         return runs
 
     def _check_prompt_ids(self, input_ids, attention_mask):
+        input_ids = _as_ids("input_ids", input_ids)
         if input_ids is None:
             raise ValueError("Pass the prompt: `input_ids`, `prompt_hidden_states` or `prompt_embeds`.")
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"`input_ids` must have shape (batch_size, prompt_length) with at least one token, got "
                 f"{tuple(input_ids.shape)}."
@@ -546,8 +573,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
         return input_ids, attention_mask
 
-    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask):
+    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask, needed):
         if input_ids is None:
+            if not needed:
+                return
             raise ValueError(
                 "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
                 "`input_ids` with `prompt_hidden_states`."
@@ -557,10 +586,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
                 f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
             )
-        self._check_prompt_ids(input_ids, attention_mask)
+        if needed:
+            self._check_prompt_ids(input_ids, attention_mask)
 
     def _check_prompt_states(self, name, states, width, attention_mask):
-        if states.ndim != 3 or states.shape[-1] != width or states.shape[1] == 0:
+        _check_tensor(name, states)
+        if not states.is_floating_point():
+            raise TypeError(f"`{name}` must be floating point, got {states.dtype}.")
+        if states.ndim != 3 or states.shape[-1] != width or states.numel() == 0:
             raise ValueError(
                 f"`{name}` must have shape (batch_size, prompt_length, {width}), got {tuple(states.shape)}."
             )
@@ -637,6 +670,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+        _check_prompt_kwargs(kwargs)
         # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and `use_cache`.
         if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache"}:
             raise TypeError(
@@ -650,7 +684,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             )
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
-        rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
+        labels, decoder_input_ids = _as_ids("labels", labels), _as_ids("decoder_input_ids", decoder_input_ids)
+        prompts = {
+            "prompt_embeds": prompt_embeds,
+            "prompt_hidden_states": prompt_hidden_states,
+            "input_ids": input_ids,
+        }
+        for name, prompt in prompts.items():
+            _check_tensor(name, prompt)
+        rows = num_prompts(*prompts.values())
         if labels is not None:
             check_response("labels", labels, rows)
             self._check_labels(labels)
@@ -659,6 +701,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         check_response("decoder_input_ids", decoder_input_ids, rows)
+        _check_tensor("decoder_attention_mask", decoder_attention_mask)
+        if decoder_attention_mask is not None and decoder_attention_mask.shape != decoder_input_ids.shape:
+            raise ValueError(
+                f"`decoder_attention_mask` must have shape {tuple(decoder_input_ids.shape)} like the response, got "
+                f"{tuple(decoder_attention_mask.shape)}."
+            )
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         if self.training and torch.is_grad_enabled() and not embeds.requires_grad and _checkpoints(self.slm):
             # Reentrant checkpointing gives no gradient to adapters behind inputs that need none.
@@ -725,10 +773,17 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
             prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
         else:
+            if input_ids is not None or prompt_hidden_states is not None:
+                raise ValueError(
+                    "`prompt_embeds` are the prompt, already encoded: pass neither `input_ids` nor "
+                    "`prompt_hidden_states` with them."
+                )
             prompt_embeds, mask = self._check_prompt_states(
                 "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
             )
-            mask = mask.to(prompt_embeds.device)
+            # Where and in the dtype that `encode_prompt` gives them.
+            own = self.slm.get_input_embeddings().weight
+            prompt_embeds, mask = prompt_embeds.to(self.projector.out.weight.device, own.dtype), mask.to(own.device)
         longest = _longest(mask)  # what is padding in every row is left out
         if self.config.slm_config.is_encoder_decoder:
             order = _padding_order(mask, "right")[:, :longest]
@@ -802,7 +857,42 @@ class LLM2SLMBackbone(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------- tensors and masks
+def _check_tensor(name, value):
+    if value is None or isinstance(value, torch.Tensor):
+        return
+    advice = "convert it with `torch.tensor`"
+    if isinstance(value, Mapping):  # what a tokenizer or `encode_prompt` returns
+        advice = "pass what it holds by name, as in `generate(**batch)`"
+    elif isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
+        advice = 'tokenize the text, as in `generate(**tokenizer(text, return_tensors="pt"))`'
+    raise TypeError(f"`{name}` must be a `torch.Tensor`, got {type(value).__name__}: {advice}.")
+
+
+def _as_ids(name, ids):
+    _check_tensor(name, ids)
+    if ids is None:
+        return None
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"`{name}` must be token ids, integers, got {ids.dtype}.")
+    return ids.long()
+
+
+def _check_prompt_kwargs(kwargs: dict):
+    """Of what else a tokenizer or a user may pass as the prompt."""
+    # A tokenizer's ids of segments say nothing where there is one, and a prompt is one; the SLM must not get them.
+    token_type_ids = kwargs.pop("token_type_ids", None)
+    _check_tensor("token_type_ids", token_type_ids)
+    if token_type_ids is not None and token_type_ids.any():
+        raise ValueError("A prompt is one segment: `token_type_ids` must all be 0. Leave them out.")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "The LLM reads `input_ids`, not `inputs_embeds`. A prompt that is already encoded, for the SLM, is "
+            "`prompt_embeds` (from `encode_prompt`)."
+        )
+
+
 def _check_attention_mask(attention_mask, name, tensor):
+    _check_tensor("attention_mask", attention_mask)
     if attention_mask is None:
         return torch.ones(tensor.shape[:2], dtype=torch.long, device=tensor.device)
     if attention_mask.shape != tensor.shape[:2]:
@@ -810,7 +900,12 @@ def _check_attention_mask(attention_mask, name, tensor):
             f"`attention_mask` must have shape {tuple(tensor.shape[:2])} like `{name}`, got "
             f"{tuple(attention_mask.shape)}."
         )
-    empty = (attention_mask != 0).sum(dim=1) == 0
+    tokens = attention_mask != 0
+    if (strange := tokens != attention_mask).any():
+        raise ValueError(
+            f"`attention_mask` must be 1 for tokens and 0 for padding; found {attention_mask[strange][0].item():g}."
+        )
+    empty = tokens.sum(dim=1) == 0
     if empty.any():
         raise ValueError(f"Row {int(empty.long().argmax())} of `attention_mask` has no token: its prompt is empty.")
     return attention_mask.long()

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import CONFIG_NAME, cached_file
 
 from .configuration_llm2slm import check_prompt_format
@@ -27,8 +28,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     The SLM's tokenizer (ids, special tokens, `decode`, `text_target`) whose prompt side is the LLM's tokenizer
     (`__call__`, `encode`, `decode_prompt`, `pad`, chat templates).
 
-    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` of the prompts are set
-    on `llm_tokenizer`.
+    `llm_tokenizer` and `slm_tokenizer` give the two apart. `padding_side` and `truncation_side` are set for prompts;
+    responses are padded and cut at their end. `model_max_length` is the responses'; the prompts' is `llm_tokenizer`'s.
 
     A text is put into `prompt_format`, the form that the model was trained to read, before it is tokenized: never a
     response, and never a chat, which has its template.
@@ -131,6 +132,9 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             if config_file is not None:
                 with open(config_file, encoding="utf-8") as file:
                     joined.prompt_format = json.load(file).get("prompt_format")
+        for name in ("padding_side", "truncation_side"):
+            if name in kwargs:
+                setattr(joined, name, kwargs[name])
         return joined
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -176,7 +180,7 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
         Args:
             text (`str`, `list[str]`, *optional*): The prompt or prompts.
-            text_pair (`str`, `list[str]`, *optional*): A second part of each prompt, as the LLM's tokenizer takes it.
+            text_pair: Refused: a prompt is one text.
             text_target (`str`, `list[str]`, *optional*):
                 The response or responses; an end-of-sequence token is put behind each.
             apply_prompt_format (`bool`, *optional*, defaults to `add_special_tokens`):
@@ -189,15 +193,16 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             with `text_target` alone, `input_ids` and `attention_mask` of the responses.
 
         Raises:
-            ValueError: if there is neither a prompt nor a response, and for pairs or pre-tokenized words, which
+            ValueError: if there is neither a prompt nor a response, for pairs, and for pre-tokenized words, which
                 `prompt_format` has no place for.
         """
         if text is None and text_target is None:
             raise ValueError("Pass `text` (prompts), `text_target` (responses) or both.")
         if text is None:
             return self._encode_response(text_target, **kwargs)
-        text = self._in_format(text, text_pair, apply_prompt_format, **kwargs)
-        encoding = self.llm_tokenizer(text, text_pair, **kwargs)
+        _check_prompt_arguments(text_target, text_pair, **kwargs)
+        text = self._in_format(text, apply_prompt_format, **kwargs)
+        encoding = self.llm_tokenizer(text, **kwargs)
         if text_target is not None:
             encoding["labels"] = self._encode_response(text_target, **kwargs)["input_ids"]
         return encoding
@@ -206,25 +211,25 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         self, text, text_pair=None, add_special_tokens=True, *, apply_prompt_format=None, **kwargs
     ) -> list[int]:
         """Prompt ids, with the arguments of a call."""
-        text = self._in_format(text, text_pair, apply_prompt_format, add_special_tokens, **kwargs)
-        return self.llm_tokenizer.encode(text, text_pair, add_special_tokens, **kwargs)
+        _check_prompt_arguments(None, text_pair)
+        text = self._in_format(text, apply_prompt_format, add_special_tokens, **kwargs)
+        return self.llm_tokenizer.encode(text, None, add_special_tokens, **kwargs)
 
     def tokenize(self, text, pair=None, add_special_tokens=False, *, apply_prompt_format=None, **kwargs) -> list[str]:
         """Prompt tokens, by default of the text alone: without special tokens and `prompt_format` around it."""
-        text = self._in_format(text, pair, apply_prompt_format, add_special_tokens, **kwargs)
-        return self.llm_tokenizer.tokenize(text, pair, add_special_tokens, **kwargs)
+        _check_prompt_arguments(None, pair)
+        text = self._in_format(text, apply_prompt_format, add_special_tokens, **kwargs)
+        return self.llm_tokenizer.tokenize(text, None, add_special_tokens, **kwargs)
 
-    def _in_format(
-        self, text, text_pair, apply_prompt_format, add_special_tokens=True, is_split_into_words=False, **kwargs
-    ):
+    def _in_format(self, text, apply_prompt_format, add_special_tokens=True, is_split_into_words=False, **kwargs):
         wanted = add_special_tokens if apply_prompt_format is None else apply_prompt_format
         if self.prompt_format is None or not wanted:
             return text
         texts = [text] if isinstance(text, str) else text
-        if text_pair is not None or is_split_into_words or not all(isinstance(prompt, str) for prompt in texts):
+        if is_split_into_words or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(
-                f"`prompt_format` {self.prompt_format!r} is the form of one text: pairs and words have no place in "
-                "it. Pass each prompt as one string, or say `apply_prompt_format=False`."
+                f"`prompt_format` {self.prompt_format!r} is the form of one text: words have no place in it. Pass "
+                "each prompt as one string, or say `apply_prompt_format=False`."
             )
         texts = [self.prompt_format.format(prompt=prompt) for prompt in texts]
         return texts[0] if isinstance(text, str) else texts
@@ -256,6 +261,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
     # -------------------------------------------------------------------------------------------------- response side
     def _encode_response(self, text, padding=False, truncation=None, max_length=None, return_tensors=None, **kwargs):
+        if truncation and max_length is None and self.model_max_length < LARGE_INTEGER:
+            max_length = self.model_max_length
         if max_length is not None:
             max_length -= 1  # room for the end-of-sequence token
         kwargs.pop("add_special_tokens", None)  # a chat-templated prompt brings its own; a response never does
@@ -266,7 +273,10 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         if isinstance(text, str) and return_tensors is None and not padding:
             encoding = {name: value[0] for name, value in encoding.items()}
         max_length = None if max_length is None else max_length + 1
-        return super().pad(encoding, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        multiple = kwargs.get("pad_to_multiple_of")
+        return super().pad(
+            encoding, padding, max_length=max_length, pad_to_multiple_of=multiple, return_tensors=return_tensors
+        )
 
     def _ended(self, row: list[int]) -> list[int]:
         ended = bool(row) and row[-1] == self.eos_token_id
@@ -276,6 +286,67 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         if not ended and row and row[0] == self.bos_token_id:
             row = row[1:]
         return [*row, self.eos_token_id]
+
+    # ------------------------------------------------------------------------- what one tokenizer does, and two cannot
+    @property
+    def padding_side(self) -> str:
+        """
+        Set, the side that prompts are padded on, as on `llm_tokenizer`. Read, that of responses, which is always the
+        right one: collators look here for the side of `labels`.
+        """
+        return "right"
+
+    @padding_side.setter
+    def padding_side(self, value):
+        self._set_side("padding_side", value)
+
+    @property
+    def truncation_side(self) -> str:
+        """Set, the side that prompts are cut on; read, that of responses, which are always cut at their end."""
+        return "right"
+
+    @truncation_side.setter
+    def truncation_side(self, value):
+        self._set_side("truncation_side", value)
+
+    def _set_side(self, name: str, value: str):
+        if value not in ("left", "right"):
+            raise ValueError(f"`{name}` must be 'left' or 'right', got {value!r}.")
+        if self.llm_tokenizer is not None:  # while it is being made, there is none yet
+            setattr(self.llm_tokenizer, name, value)
+
+    def encode_plus(self, text, *args, **kwargs):
+        """As `__call__`; only Transformers 4 has it."""
+        return self(text, *args, **kwargs)
+
+    def as_target_tokenizer(self):
+        """Gone from Transformers 5; 4 would tokenize the responses with the LLM's tokenizer."""
+        raise NotImplementedError("Pass responses as `text_target`: `tokenizer(prompts, text_target=responses)`.")
+
+    def prepare_seq2seq_batch(self, *args, **kwargs):
+        """Likewise."""
+        self.as_target_tokenizer()
+
+    def train_new_from_iterator(self, *args, **kwargs):
+        """One of the two is trained, and joined again."""
+        raise NotImplementedError(
+            "Train one of the two, `tokenizer.llm_tokenizer` or `tokenizer.slm_tokenizer`, and join them with "
+            "`LLM2SLMTokenizer.from_tokenizers`."
+        )
+
+
+def _check_prompt_arguments(
+    text_target, text_pair=None, text_pair_target=None, return_overflowing_tokens=False, **kwargs
+):
+    if text_pair is not None or text_pair_target is not None:
+        raise ValueError(
+            "A prompt is one text, without a `text_pair`. Responses are `text_target`: "
+            "`tokenizer(prompts, text_target=responses)`."
+        )
+    if text_target is not None and return_overflowing_tokens:
+        raise ValueError(
+            "`return_overflowing_tokens=True` makes several prompts of one: tokenize the responses apart from them."
+        )
 
 
 def _without_indent(path: str) -> None:

@@ -1,10 +1,40 @@
-"""What this machine and this process say of themselves; the standard library alone, so that `--help` stays quick."""
+"""Users' text files, this machine and this process; the standard library alone, so that `--help` stays quick."""
 
 import ctypes
 import os
 import platform
 from pathlib import Path
 from typing import Literal
+
+
+def decode_text(content: bytes, source: str | os.PathLike) -> str:
+    r"""
+    A user's text as a string whose lines end in `\n`: UTF-8, with a byte order mark or without, and with the line ends
+    of any system.
+
+    Args:
+        content (`bytes`): The text as it is stored.
+        source (`str` or `os.PathLike`): What errors call it.
+
+    Raises:
+        ValueError: if the text has another encoding.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        encoding = "UTF-16" if b"\0" in content else "WINDOWS-1252"
+        raise ValueError(
+            f"{source} is not UTF-8 text. Save it as UTF-8 where it was written, or convert it, for example with "
+            f"`iconv -f {encoding} -t UTF-8`."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A user's text file, as [`decode_text`] reads it."""
+    return decode_text(Path(path).read_bytes(), path)
 
 
 def cpu_model() -> str:

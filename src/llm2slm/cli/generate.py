@@ -9,12 +9,14 @@ cat prompts.txt | llm2slm generate --model ./checkpoint
 """
 
 import argparse
+import io
 import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..utils import decode_text, read_text
 from .main import add_loading_arguments, check_new_file, load_checkpoint, main, positive_int, write_aside
 
 MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
@@ -143,11 +145,11 @@ def read_prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         source, rows = "--prompt", [{"prompt": text} for text in args.prompt]
     elif args.input is not None and not Path(args.input).is_file():
         raise FileNotFoundError(f"There is no file {args.input!r}.")
-    elif args.input is not None and Path(args.input).suffix == ".jsonl":
+    elif args.input is not None and Path(args.input).suffix.lower() == ".jsonl":
         source, rows = args.input, read_jsonl(args.input)
     else:
         source = args.input or "standard input"
-        text = Path(args.input).read_text(encoding="utf-8") if args.input else sys.stdin.read()
+        text = read_text(args.input) if args.input else decode_text(sys.stdin.buffer.read(), source)
         rows = [{"prompt": line} for line in text.split("\n")]
         if rows[-1]["prompt"] == "":  # the last line's end
             rows.pop()
@@ -168,18 +170,17 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     The rows of a JSON Lines file.
 
     Raises:
-        ValueError: if a line is not a JSON object.
+        ValueError: if the file is not UTF-8, or a line is not a JSON object.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {number} must be an object with columns, got {line.strip()[:40]!r}.")
-            rows.append(row)
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} must be an object with columns, got {line.strip()[:40]!r}.")
+        rows.append(row)
     return rows
 
 

@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..utils import read_text
+
 # A new command is a module of this name and a line here. Only the one that is called is imported.
 COMMANDS = {
     "train": "train LLM-to-SLM, the SLM alone or the LLM on prompt/completion pairs",
@@ -118,8 +120,8 @@ def _with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser)
     import yaml  # Transformers needs it, so it is there
 
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        recipe = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options, one `name: value` a line.")

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
@@ -34,7 +35,7 @@ def tokenize_pairs(
         dataset (`datasets.Dataset`):
             With the columns `prompt` and `completion`: strings, or lists of messages as in TRL. A prompt of messages
             goes through the LLM's chat template; a completion of messages is one message, whose content is the
-            response.
+            response. Its format (`with_format`) is kept.
         tokenizer ([`LLM2SLMTokenizer`]): Both tokenizers.
         prompt_max_length (`int`): The longest prompt kept, in tokens of the LLM.
         response_max_length (`int`): The longest response kept, in tokens of the SLM, the end token among them.
@@ -49,15 +50,23 @@ def tokenize_pairs(
         `datasets.Dataset` with all columns of `dataset` and the two new ones.
 
     Raises:
+        TypeError: if `dataset` is no `datasets.Dataset`, or `tokenizer` not one of both tokenizers.
         ValueError: if a column is missing, a prompt or completion is empty or neither text nor messages (the message
             names the row), or no pair is within the limits.
     """
+    check_dataset(dataset)
+    _check_tokenizer(tokenizer)
     if missing := {"prompt", "completion"} - set(dataset.column_names):
         raise ValueError(f"The data set lacks the column(s) {sorted(missing)}; it has {dataset.column_names}.")
     limits = {"input_ids": prompt_max_length, "labels": response_max_length}
     for name, limit in zip(("prompt_max_length", "response_max_length"), limits.values(), strict=True):
         if limit < 1:
             raise ValueError(f"`{name}` must be at least 1, got {limit}.")
+
+    if (format_type := dataset.format["type"]) is not None:  # rows must be read as Python's objects
+        plain = dataset.with_format(None)
+        tokenized = tokenize_pairs(plain, tokenizer, prompt_max_length, response_max_length, truncate)
+        return tokenized.with_format(format_type, **dataset.format["format_kwargs"])
 
     def tokenize(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         return _encode(batch["prompt"], batch["completion"], tokenizer, rows, apply_prompt_format)
@@ -85,6 +94,34 @@ def tokenize_pairs(
     if truncate:
         return dataset.map(cut, batched=True, with_indices=True, desc="Cutting long pairs")
     return tokenized.select(np.flatnonzero(~over))
+
+
+def check_dataset(dataset) -> None:
+    """
+    Checks that `dataset` is a `datasets.Dataset`, whose rows can be counted and read more than once.
+
+    Raises:
+        TypeError: if it is not, with how to make one.
+    """
+    if isinstance(dataset, Dataset):
+        return
+    advice = "make one with `Dataset.from_list`, `Dataset.from_pandas` or `Dataset.from_generator`"
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        advice = f"choose one of its splits, {list(dataset)}"
+    elif isinstance(dataset, IterableDataset):
+        advice = (
+            "load it without `streaming=True`, or make one with `Dataset.from_generator`. A trainer takes the "
+            "streaming one as it is: `DataCollatorForLLM2SLM` tokenizes `prompt` and `completion` batch by batch"
+        )
+    raise TypeError(f"`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}: {advice}.")
+
+
+def _check_tokenizer(tokenizer) -> None:
+    if getattr(tokenizer, "llm_tokenizer", None) is None:
+        raise TypeError(
+            f"`tokenizer` must hold both tokenizers, got {type(tokenizer).__name__}: join them with "
+            "`LLM2SLMTokenizer.from_tokenizers`."
+        )
 
 
 def _lengths(dataset, column: str) -> np.ndarray:
@@ -183,18 +220,27 @@ class DataCollatorForLLM2SLM:
         pad_to_multiple_of (`int`, *optional*): Lengths of prompts and responses are rounded up to this.
 
     Raises:
-        ValueError: for an empty side, for examples that `SFTTrainer` tokenized, and for states of another length than
-            the prompt.
+        TypeError: if `tokenizer` is not one of both tokenizers.
+        ValueError: for an empty side, for examples without the columns, for those that `SFTTrainer` tokenized, and for
+            states that are none, or of another length than the prompt.
     """
 
     tokenizer: LLM2SLMTokenizer
     model: PreTrainedModel | None = None
     pad_to_multiple_of: int | None = None
 
+    def __post_init__(self):
+        _check_tokenizer(self.tokenizer)
+
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The examples as one batch of tensors."""
         columns = {name: [row[name] for row in examples] for name in examples[0]}
         if "input_ids" not in columns:
+            if missing := {"prompt", "completion"} - set(columns):
+                raise ValueError(
+                    f"The examples have neither `input_ids` nor {sorted(missing)}, only {sorted(columns)}. If the "
+                    "data set has them, the trainer has dropped them: pass it `remove_unused_columns=False`."
+                )
             columns |= _encode(columns["prompt"], columns["completion"], self.tokenizer, range(len(examples)))
         pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         batch = dict(pad([{"input_ids": ids} for ids in columns["input_ids"]]))
@@ -202,6 +248,11 @@ class DataCollatorForLLM2SLM:
             self._check_tokenized_apart(columns)
             batch |= self._response(columns["labels"])
         if "prompt_hidden_states" in columns:
+            if isinstance(columns["prompt_hidden_states"][0], str):
+                raise ValueError(
+                    "`prompt_hidden_states` are only where the states are kept: the data set was made table or text "
+                    "(by `to_pandas`, `to_list` or `to_json`). Call `cache_prompt_features` on it to find them again."
+                )
             states = [torch.as_tensor(row) for row in columns["prompt_hidden_states"]]
             batch["prompt_hidden_states"] = _pad_states(states, batch["attention_mask"])
         return batch
@@ -248,6 +299,7 @@ def _pad_states(rows: list[torch.Tensor], attention_mask: torch.Tensor) -> torch
             f"`prompt_hidden_states` of {found} positions do not belong to prompts of {lengths} tokens: cache the "
             "features of the prompts as they are now."
         )
-    padded = rows[0].new_zeros(*attention_mask.shape, rows[0].shape[-1])  # (batch, prompt_length, prompt_hidden_size)
-    padded[attention_mask.bool()] = torch.cat(rows)
+    states = torch.cat(rows)
+    padded = states.new_zeros(*attention_mask.shape, states.shape[-1])  # (batch, prompt_length, prompt_hidden_size)
+    padded[attention_mask.bool()] = states
     return padded

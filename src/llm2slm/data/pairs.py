@@ -9,6 +9,8 @@ from string import Formatter
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from ..utils import decode_text
+
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -39,7 +41,7 @@ def load_pairs(
 
     Raises:
         OSError: if there is no such data set.
-        ValueError: if it lacks the split or a column, or one is not text.
+        ValueError: if it lacks the split or a column, if one is not text, or if a file of text is not UTF-8.
     """
     formats = {"prompt": prompt_format, "completion": completion_format}
     return make_texts(load_rows(source, split, max_examples), formats, f"{str(source)!r}, split {split!r}")
@@ -127,6 +129,10 @@ def _load_split(source: str, split: str) -> Dataset:
             raise FileNotFoundError(f"There is no file {source!r}.")
         if suffix not in FILE_TYPES:
             raise ValueError(f"{source!r} must end in one of {', '.join(FILE_TYPES)}.")
+        if suffix != ".parquet":
+            with open(source, "rb") as file:
+                for line in file:
+                    decode_text(line, source)
         name, configuration, files = FILE_TYPES[suffix], None, {"train": source}
     else:
         (name, _, configuration), files = source.partition(":"), None

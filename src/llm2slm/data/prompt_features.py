@@ -8,7 +8,8 @@ Choices made here:
 - Prompts are looked up one by one, so another data set, or a part of one, finds the prompts it shares with an earlier.
 - The data set's new column holds where in the cache a prompt's states are, and reads them when a row is read (as the
   images of a data set are). An Arrow column of the states themselves would be copied, all of it, whenever `datasets`
-  joins or reorders rows.
+  joins, reorders or saves rows; it would be read through Python's numbers, unless each reader asks for tensors; and
+  Arrow has no bfloat16. The price is a column type of our own, which `import llm2slm` registers.
 """
 
 import hashlib
@@ -35,10 +36,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..loading_llm2slm import fingerprint
+from .collator import check_dataset
 
 logger = logging.getLogger(__name__)
 
 COLUMN = "prompt_hidden_states"
+# All that `datasets` says of a type it does not know is the name: it names what to import.
+FEATURE_TYPE = "llm2slm.PromptHiddenStates"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What a kill loses at most is the work on one shard: half a minute to a minute of SmolLM2-135M on two cores.
 SHARD_BYTES = 32 * 2**20
@@ -75,10 +79,12 @@ def cache_prompt_features(
         `datasets.Dataset`: the same rows, with states that are read from the memory-mapped cache row by row.
 
     Raises:
+        TypeError: if `dataset` is no `datasets.Dataset`.
         ValueError: if the data set has no `input_ids` or already has states of another LLM, if a prompt is empty or
             too long, or if a state is not finite in `dtype`.
         OSError: if the disk cannot hold the cache (before anything is run), or there is no LLM.
     """
+    check_dataset(dataset)
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     if "input_ids" not in dataset.column_names:
@@ -120,7 +126,7 @@ class PromptHiddenStates:
     folder: str
     dtype: ClassVar[str] = "torch.Tensor"
     pa_type: ClassVar[Any] = pyarrow.string()
-    _type: str = field(default="PromptHiddenStates", init=False, repr=False)
+    _type: str = field(default=FEATURE_TYPE, init=False, repr=False)
 
     def __call__(self):
         """How `datasets` asks for the type of what is stored."""
@@ -142,7 +148,7 @@ class PromptHiddenStates:
 
 with warnings.catch_warnings():  # it says that it is experimental
     warnings.simplefilter("ignore")
-    register_feature(PromptHiddenStates, "PromptHiddenStates")
+    register_feature(PromptHiddenStates, FEATURE_TYPE)
 
 
 @lru_cache(maxsize=MAPPED_SHARDS)
