@@ -226,6 +226,10 @@ class LLM2SLMConfig(PretrainedConfig):
         """The SLM's: `labels` and generated ids are below it."""
         return self.slm_config.get_text_config().vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.slm_config.get_text_config().vocab_size = value
+
     def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
         """The SLM's configuration, or the LLM's if only the encoder's is asked for."""
         if encoder and not decoder:

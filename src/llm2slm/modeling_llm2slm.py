@@ -142,8 +142,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         super().__init__(config)
         self.register_module("llm", None)
         if llm is None and (config.include_llm or config.llm_name_or_path is None):
-            # T5's encoder class changes the configuration it is given.
-            llm = llm_auto_class(config.llm_config).from_config(copy.deepcopy(config.llm_config))
+            # T5's encoder class changes the configuration it is given; any other LLM's is this model's own.
+            llm_config = config.llm_config
+            llm_config = copy.deepcopy(llm_config) if llm_config.is_encoder_decoder else llm_config
+            llm = llm_auto_class(llm_config).from_config(llm_config)
         if llm is not None:
             self._set_llm(llm)
         self.projector = LLM2SLMProjector(config)
@@ -151,6 +153,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if config.maps_prompt_tokens:
             self.prompt_token_map = torch.full((config.llm_text_config.vocab_size,), -1, dtype=torch.int32)
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        config.slm_config = self.slm.config  # one object: what is set in one place holds in both
         # How to generate is said in one place, this model's generation config: the SLM's own keeps its tokens only.
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         own = self.slm.generation_config
@@ -319,6 +322,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.slm_config = self.slm.config
         return embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """The SLM's, as `resize_token_embeddings` leaves it."""
+        return self.config.vocab_size
 
     def get_decoder(self):
         """The SLM's decoder."""
@@ -561,8 +569,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
 
         Returns:
             `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
-            `(batch_size, response_length, vocab_size)`; `encoder_last_hidden_state` is what the response attends to:
-            the SLM encoder's output, or the prompt embeddings of a decoder-only SLM.
+            `(batch_size, response_length, vocab_size)`. Its `encoder_...` are the SLM's over the prompt, its
+            `decoder_...` those over the response; a decoder-only SLM has both in one sequence, where the last token of
+            the prompt predicts the first of the response: its `decoder_attentions` are of shape `(batch_size,
+            num_heads, response_length, prompt_length + response_length - 1)`, and `cross_attentions` is `None`.
+            `encoder_last_hidden_state` is what the response attends to: the SLM encoder's output, or the prompt
+            embeddings of a decoder-only SLM. Prompt positions are those of the call, and 0 where it masks them.
 
         Raises:
             ValueError: if there is neither `labels` nor `decoder_input_ids`, if they have not one row for each
@@ -574,7 +586,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache", "shift_labels"}:
             raise TypeError(f"`forward` got unexpected arguments: {sorted(unknown)}.")
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
+        outputs_wanted = {
+            name: getattr(self.config, name) if value is None else value
+            for name, value in outputs_wanted.items()
+            if value is not None or getattr(self.config, name)  # or else as the SLM's configuration says
+        }
         prompts = (prompt_embeds, prompt_hidden_states, input_ids)
         num_prompts = next((len(prompt) for prompt in prompts if prompt is not None), None)
         if labels is not None:
@@ -585,7 +601,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         _check_response("decoder_input_ids", decoder_input_ids, num_prompts)
-        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        prompt_embeds, prompt_mask = self._encoded_prompt(
+            input_ids, attention_mask, prompt_hidden_states, prompt_embeds
+        )
+        order = self._slm_order(prompt_mask)
+        embeds, mask = _reordered(prompt_embeds, order), _reordered(prompt_mask, order)
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
                 inputs_embeds=embeds,
@@ -601,6 +621,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             output = self._decoder_only_forward(
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
             )
+        if order is not None:
+            output = _with_prompt_positions(output, prompt_mask, order, self.config.slm_config.is_encoder_decoder)
         if labels is not None:
             loss = _response_loss(output.logits, labels, num_items_in_batch)
             output = Seq2SeqLMOutput(loss=loss, **output)
@@ -629,29 +651,46 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, return_dict=True, **optional
         )
         hidden_states, attentions = output.get("hidden_states"), output.get("attentions")
+        if attentions and attentions[0] is None:  # what GPT-2 of Transformers 4 gives without eager attention
+            attentions = None
+        prompt_length = prompt_embeds.shape[1]
         return Seq2SeqLMOutput(
             logits=output.logits[:, -response_length:],  # (batch_size, response_length, vocab_size)
             decoder_hidden_states=hidden_states and tuple(state[:, -response_length:] for state in hidden_states),
             decoder_attentions=attentions and tuple(weights[:, :, -response_length:] for weights in attentions),
+            encoder_hidden_states=hidden_states and tuple(state[:, :prompt_length] for state in hidden_states),
+            encoder_attentions=attentions
+            and tuple(weights[:, :, :prompt_length, :prompt_length] for weights in attentions),
             encoder_last_hidden_state=prompt_embeds,
         )
 
-    def _prompt_for_slm(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
-        """Embeddings and mask of the prompt, padded on the side that the SLM's positions are right with."""
+    def _encoded_prompt(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
+        """Embeddings and mask of the prompt, as the caller padded it."""
         if prompt_embeds is None:
             encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
-            prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
-        else:
-            prompt_embeds, mask = self._check_prompt_states(
-                "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
-            )
-            mask = mask.to(prompt_embeds.device)
-        longest = _longest(mask)  # what is padding in every row is left out
+            return encoding.prompt_embeds, encoding.attention_mask
+        prompt_embeds, mask = self._check_prompt_states(
+            "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
+        )
+        return prompt_embeds, mask.to(prompt_embeds.device)
+
+    def _slm_order(self, mask) -> torch.Tensor | None:
+        """
+        The prompt's positions as the SLM takes them, `(batch_size, longest)`: padded on the side that its own positions
+        are right with, less what is padding in every row. `None` for a prompt without padding.
+        """
+        longest = _longest(mask)
+        if longest * len(mask) == int(mask.sum()) and longest == mask.shape[1]:
+            return None
         if self.config.slm_config.is_encoder_decoder:
-            order = _padding_order(mask, "right")[:, :longest]
-        else:
-            order = _padding_order(mask, "left")[:, -longest:]
-        return _reordered(prompt_embeds, order), mask.gather(1, order)
+            return _padding_order(mask, "right")[:, :longest]
+        return _padding_order(mask, "left")[:, -longest:]
+
+    def _prompt_for_slm(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
+        """Embeddings and mask of the prompt in `_slm_order`."""
+        embeds, mask = self._encoded_prompt(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        order = self._slm_order(mask)
+        return _reordered(embeds, order), _reordered(mask, order)
 
     def _check_labels(self, labels):
         highest, lowest = int(labels.max()), int(labels.masked_fill(labels == -100, 0).min())
@@ -875,8 +914,34 @@ def _padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
     return torch.argsort((mask != 0).long(), dim=1, stable=True, descending=side == "right")
 
 
-def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return tensor.gather(1, order[:, :, None].expand(-1, -1, tensor.shape[-1]))
+def _reordered(tensor: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The positions of `tensor`, `(batch_size, length)` or `(batch_size, length, width)`, in this order."""
+    if order is None:
+        return tensor
+    return tensor.gather(1, order if tensor.ndim == 2 else order[:, :, None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _with_prompt_positions(output, mask, order, is_encoder_decoder) -> Seq2SeqLMOutput:
+    """What the SLM says of a prompt in this order, at the positions that `mask` gives the prompt's tokens; 0 elsewhere."""
+
+    def restored(tensor, dim):
+        in_order, rest = tensor.split([order.shape[1], tensor.shape[dim] - order.shape[1]], dim=dim)
+        shape = [len(order), *(order.shape[1] if i == dim else 1 for i in range(1, tensor.ndim))]
+        index, is_token = (t.to(tensor.device).view(shape) for t in (order, mask.gather(1, order) != 0))
+        zeros = tensor.new_zeros(*tensor.shape[:dim], mask.shape[1], *tensor.shape[dim + 1 :])
+        placed = zeros.scatter(dim, index.expand_as(in_order), in_order.masked_fill(~is_token, 0.0))
+        return torch.cat([placed, rest], dim=dim)
+
+    # Which dimensions of each are the prompt's: attentions are (batch_size, num_heads, queries, keys).
+    dims = {"encoder_last_hidden_state": (1,), "encoder_hidden_states": (1,), "encoder_attentions": (2, 3)}
+    dims["cross_attentions" if is_encoder_decoder else "decoder_attentions"] = (3,)
+    for name, prompt_dims in dims.items():
+        for dim in prompt_dims:
+            if isinstance(output.get(name), tuple):
+                output[name] = tuple(restored(tensor, dim) for tensor in output[name])
+            elif output.get(name) is not None:
+                output[name] = restored(output[name], dim)
+    return output
 
 
 _PROMPT_AND_RESPONSE = "prompt and the response have"
