@@ -5,6 +5,8 @@ ARGS ?=
 # Nothing is reported to the Hub, and each of pytest's two workers uses one core.
 TEST_ENV := HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := -m pytest -n 2 $(ARGS)
+# transformers' repository, checked out at the installed version; without it, what its source distribution has.
+UPSTREAM ?=
 # LLM2SLM_OTHER_PYTHON: where both environments are there, one loads the checkpoints that the other saved.
 
 # The text reaches the demo as it was typed: neither make nor the shell expands it.
@@ -12,10 +14,10 @@ export DEMO_TEXT := $(value TEXT)
 unexport TEXT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo style quality test test-v4 test-gpu benchmark clean
+.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-gpu benchmark clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new environment, ARGS="-k name" goes to pytest or the benchmark.'
 
 install: .venv/.installed  ## Set up .venv: the library, editable, with all it takes to train, test and check it
@@ -38,6 +40,24 @@ test: .venv/.installed  ## Run the tests, offline and on the CPU
 test-v4: .venv-v4/.installed  ## Run the tests with the oldest supported transformers, in .venv-v4
 	$(TEST_ENV) LLM2SLM_OTHER_PYTHON=$(abspath $(wildcard .venv/bin/python)) .venv-v4/bin/python $(PYTEST)
 
+test-upstream: .venv/.installed  ## Run transformers' own tests of a model; UPSTREAM=... for those in its repository alone
+	$(call run_upstream_tests,.venv)
+
+test-upstream-v4: .venv-v4/.installed  ## Run those of the oldest supported transformers, in .venv-v4
+	$(call run_upstream_tests,.venv-v4)
+
+# pip unpacks nothing that it downloads. It does ask the package's build for its name, in an environment made for that.
+define run_upstream_tests
+	@version=$$($(1)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))') && \
+	  source=.upstream/transformers-$$version && \
+	  if [ -z "$(UPSTREAM)" ] && [ ! -e $$source/tests/test_modeling_common.py ]; then \
+	    echo "Downloading the tests of transformers $$version" && \
+	    $(1)/bin/python -m pip download -qq --no-deps --no-binary transformers -d .upstream transformers==$$version && \
+	    tar -xzf .upstream/transformers-$$version.tar.gz -C .upstream; \
+	  fi && \
+	  $(TEST_ENV) HF_HUB_OFFLINE=1 PYTHONPATH="$(or $(UPSTREAM),$$source):tests" $(1)/bin/python $(PYTEST) tests_upstream
+endef
+
 test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
 	$(TEST_ENV) .venv/bin/python -m pytest -m gpu $(ARGS)
 
@@ -45,8 +65,9 @@ benchmark: .venv/.installed  ## Measure latency and memory on this machine
 	.venv/bin/llm2slm benchmark $(ARGS)
 
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-v4 build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find src tests training -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .venv-v4 .upstream build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
+	  tests_upstream/.pytest_cache
+	find src tests tests_upstream training -type d -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: CONSTRAINTS := constraints.txt
 .venv/.installed: EXTRAS := test,quality

@@ -646,6 +646,57 @@ def test_hidden_states_and_attentions_are_those_of_the_response(slm):
     torch.testing.assert_close(plain.logits, output.logits)
 
 
+@pytest.mark.parametrize("slm", ["t5", "bart", "llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_states_and_attentions_of_the_prompt_are_where_its_tokens_are(slm, side):
+    model = build_model(slm=slm)
+    model.slm.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    # Padding at both ends of every row, and more of it in some.
+    prompt = {name: torch.nn.functional.pad(tensor, (2, 1)) for name, tensor in padded(build_prompts(), side).items()}
+    output = model(**prompt, labels=LABELS[:, :4], **wanted)
+    over_prompt = "cross_attentions" if model.config.slm_config.is_encoder_decoder else "decoder_attentions"
+    for row, tokens in enumerate(build_prompts()):
+        single = model(input_ids=tokens[None], labels=LABELS[row : row + 1, :4], **wanted)
+        at = prompt["attention_mask"][row] == 1
+        states = torch.stack([output.encoder_last_hidden_state, *output.encoder_hidden_states])[:, row]
+        expected = torch.stack([single.encoder_last_hidden_state, *single.encoder_hidden_states])[:, 0]
+        torch.testing.assert_close(states[:, at], expected, atol=1e-4, rtol=1e-4)
+        assert not torch.stack(output.encoder_hidden_states)[:, row, ~at].any()
+        weights = torch.stack(output.encoder_attentions)[:, row]  # (num_layers, heads, prompt_length, prompt_length)
+        expected = torch.stack(single.encoder_attentions)[:, 0]
+        torch.testing.assert_close(weights[..., at, :][..., at], expected, atol=1e-4, rtol=1e-4)
+        weights, expected = torch.stack(output[over_prompt])[:, row], torch.stack(single[over_prompt])[:, 0]
+        keys = torch.cat([at, torch.ones(weights.shape[-1] - len(at), dtype=torch.bool)])
+        torch.testing.assert_close(weights[..., keys], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slm", ["t5", "gpt2"])
+def test_hidden_states_and_attentions_can_be_asked_for_in_the_configuration(slm):
+    model = build_model(slm=slm)
+    model.set_attn_implementation("eager")
+    model.config.output_hidden_states = model.config.output_attentions = True
+    output = model(**PROMPT, labels=LABELS)
+    assert len(output.decoder_hidden_states) == len(output.encoder_hidden_states) == 3
+    assert len(output.decoder_attentions) == len(output.encoder_attentions) == 2
+    assert model(**PROMPT, labels=LABELS, output_hidden_states=False).decoder_hidden_states is None
+
+
+def test_attentions_that_the_slm_cannot_give_are_left_out():
+    model = build_model(slm="gpt2", llm="gpt2")
+    model.set_attn_implementation("sdpa")
+    output = model(**PROMPT, labels=LABELS, output_attentions=True)  # GPT-2 of Transformers 4 gives a `None` a layer
+    assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("slm", ["t5", "llama"])
+def test_the_configuration_of_the_slm_is_one_object(slm):
+    model = build_model(slm=slm)
+    assert model.config.slm_config is model.slm.config
+    model.config.vocab_size = 99
+    assert model.slm.config.vocab_size == model.vocab_size == 99
+
+
 @pytest.mark.parametrize("slm", ["t5", "llama"])
 def test_without_return_dict_the_output_is_a_tuple(slm):
     model = build_model(slm=slm)

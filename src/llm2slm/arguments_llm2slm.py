@@ -25,7 +25,6 @@ from transformers.generation import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
-PROMPT_AND_RESPONSE = "prompt and the response have"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 _NO_PROMPT_IDS = "it needs the prompt as ids of the SLM, which reads embeddings of the LLM's tokens"
@@ -84,34 +83,6 @@ def only_special_tokens(config: GenerationConfig) -> GenerationConfig:
 def stop_at_strings(strings: str | list[str], tokenizer, criteria=None) -> StoppingCriteriaList:
     """`criteria`, and one that ends a response behind any of `strings`, as `tokenizer` writes them."""
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(tokenizer, strings)])
-
-
-def given_once(inputs: torch.LongTensor | None, input_ids: torch.LongTensor | None) -> torch.LongTensor | None:
-    """The prompt's ids, which `generate` takes by two names."""
-    if inputs is not None and input_ids is not None:
-        raise ValueError("`inputs` and `input_ids` are one argument, the prompt's ids: pass it once.")
-    return inputs if input_ids is None else input_ids
-
-
-def num_prompts(*prompts) -> int | None:
-    """The batch size of the first prompt that is given."""
-    return next((len(prompt) for prompt in prompts if prompt is not None), None)
-
-
-def check_response(name: str, ids: torch.Tensor | None, num_prompts: int | None) -> None:
-    """Raises a `ValueError` unless `ids` are of shape `(num_prompts, response_length)`."""
-    if ids is None:
-        raise ValueError(
-            "Pass the response: `labels` or `decoder_input_ids`. To write one, call `generate`. A trainer that keeps "
-            "`labels` for a loss of its own (`label_smoothing_factor`, `compute_loss_func`) needs "
-            "`data_collator=DataCollatorForLLM2SLM(tokenizer, model=model)`."
-        )
-    if ids.ndim != 2 or ids.shape[1] == 0 or (num_prompts is not None and len(ids) != num_prompts):
-        batch_size = "batch_size" if num_prompts is None else num_prompts
-        raise ValueError(
-            f"`{name}` must have shape ({batch_size}, response_length), one row for each prompt, got "
-            f"{tuple(ids.shape)}."
-        )
 
 
 # ------------------------------------------------------------------------------------------------- reading, refusing

@@ -263,6 +263,10 @@ class LLM2SLMConfig(PretrainedConfig):
         """The SLM's: `labels` and generated ids are below it."""
         return self.slm_config.get_text_config().vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.slm_config.get_text_config().vocab_size = value
+
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether the SLM's head is its token embeddings: what PEFT asks before it adapts one of them."""

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .arguments_llm2slm import given_once, stop_at_strings
+from .arguments_llm2slm import stop_at_strings
+from .inputs_llm2slm import check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates
 from .loading_llm2slm import check_same_architecture, max_positions
 
@@ -111,7 +112,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 prompt (see `encode_prompt`).
         """
         self._check_lossless(llm, max_draft_tokens, draft_confidence)
-        input_ids, attention_mask = self._check_prompt_ids(given_once(inputs, input_ids), attention_mask)
+        input_ids, attention_mask = check_prompt_ids(self.config, given_once(inputs, input_ids), attention_mask)
         if input_ids.shape[0] != 1:
             raise ValueError(f"Lossless mode takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
         prompt_ids = input_ids[attention_mask.to(input_ids.device) != 0][None].to(llm.device)  # without padding

@@ -17,11 +17,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from .arguments_llm2slm import (
-    PROMPT_AND_RESPONSE,
-    check_response,
     count_from_the_response,
-    given_once,
-    num_prompts,
     read_arguments,
     refuse_what_cannot_be_had,
     stop_at_strings,
@@ -30,6 +26,15 @@ from .arguments_llm2slm import (
 )
 from .decoding_llm2slm import generate_fast
 from .drafting_llm2slm import LosslessGenerationMixin
+from .inputs_llm2slm import (
+    PROMPT_AND_RESPONSE,
+    check_positions,
+    check_prompt_kwargs,
+    check_response,
+    given_once,
+    longest_row,
+    num_prompts,
+)
 
 # Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
 STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
@@ -95,7 +100,7 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         is_encoder_decoder = self.config.slm_config.is_encoder_decoder
         max_length = kwargs.get("max_length")
         generation_config, kwargs = read_arguments(self.generation_config, generation_config, kwargs)
-        _check_prompt_kwargs(kwargs)
+        check_prompt_kwargs(kwargs)
         start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
         beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
         # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
@@ -129,8 +134,8 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
                 mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
             count_from_the_response(generation_config, kwargs, num_begun, max_length, embeds.device)
-            length = int(mask.sum(dim=1).max()) + (generation_config.max_new_tokens or 0)
-            self._check_positions("SLM", self.config.slm_config.get_text_config(), length, PROMPT_AND_RESPONSE)
+            length = longest_row(mask) + (generation_config.max_new_tokens or 0)
+            check_positions("SLM", self.config.slm_config.get_text_config(), length, PROMPT_AND_RESPONSE)
         # 4. Decode: the SLM alone.
         if fast:
             return generate_fast(self.slm, embeds, mask, generation_config, **kwargs)

@@ -1,8 +1,9 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model (SLM) writes the response.
 
 Method: Bergner et al., "Think Big, Generate Quick: LLM-to-SLM for Fast Autoregressive Decoding" (arXiv 2402.16844).
-The file reads top to bottom: output, projector, the model (build, encode, forward), helpers. Loading and saving are in
-checkpoint_llm2slm.py, `generate` is in generation_llm2slm.py.
+The file reads top to bottom: output, the model (build, encode, forward). Beside it stand projector_llm2slm.py,
+inputs_llm2slm.py (checks and masks), checkpoint_llm2slm.py (loading and saving), generation_llm2slm.py (`generate`),
+training_llm2slm.py (what trainers ask of the model).
 
 Choices made here:
 - A call changes nothing that another thread's call may use: what has to differ, such as layers that keep their states,
@@ -16,22 +17,39 @@ import copy
 import functools
 import inspect
 import os
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
-from .arguments_llm2slm import PROMPT_AND_RESPONSE, check_response, num_prompts, only_special_tokens
+from .arguments_llm2slm import only_special_tokens
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
-from .layers_llm2slm import LayerStates, truncate, with_forward, with_modules, without_head
+from .inputs_llm2slm import (
+    PROMPT_AND_RESPONSE,
+    as_ids,
+    check_ids_of_states,
+    check_labels,
+    check_positions,
+    check_prompt_ids,
+    check_prompt_kwargs,
+    check_prompt_states,
+    check_response,
+    check_tensor,
+    fill_masked,
+    longest_row,
+    num_prompts,
+    padding_order,
+    positions_of,
+    reordered,
+    response_mask,
+    with_prompt_positions,
+)
+from .layers_llm2slm import LayerStates, truncate, without_head
 from .loading_llm2slm import (
     compute_device,
     fingerprint,
@@ -42,12 +60,13 @@ from .loading_llm2slm import (
     load_llm,
     load_slm,
     loading_lock,
-    max_positions,
     resolve_revision,
     shared_parameter,
     slm_auto_class,
     split_gguf,
 )
+from .projector_llm2slm import LLM2SLMProjector, LLM2SLMStandardization, init_linear
+from .training_llm2slm import LLM2SLMTrainingMixin, uses_checkpointing
 
 if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Transformers 4 asks no other file for any)
     from .beams_llm2slm import search_beams  # noqa: F401
@@ -77,62 +96,9 @@ class PromptEncoding(ModelOutput):
     attention_mask: Any = None
 
 
-class LLM2SLMStandardization(nn.Module):
-    """
-    `(states - mean) / scale`, number by number, `(..., hidden_size)` as given: both are constants, measured once by
-    [`~llm2slm.building.standardize_states`]. Until then it changes nothing.
-    """
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("scale", torch.ones(hidden_size))
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return (states - self.mean) / self.scale
-
-
-class LLM2SLMProjector(nn.Module):
-    """Maps the LLM's hidden states to the width of the SLM's embeddings (paper, section 3.2)."""
-
-    def __init__(self, config: LLM2SLMConfig):
-        super().__init__()
-        self.num_layers, self.llm_hidden_size = len(config.llm_layers), config.llm_hidden_size
-        input_size, output_size = self.num_layers * self.llm_hidden_size, config.slm_hidden_size
-        self.norms = None
-        if config.projector_norm is not None:
-            norm = {"layer_norm": nn.LayerNorm, "standardize": LLM2SLMStandardization}[config.projector_norm]
-            self.norms = nn.ModuleList(norm(self.llm_hidden_size) for _ in range(self.num_layers))
-        self.hidden = None
-        if config.projector_type == "mlp":
-            self.hidden = nn.Linear(input_size, config.projector_hidden_size)
-            self.act = ACT2FN[config.projector_hidden_act]
-            input_size = config.projector_hidden_size
-        self.out = nn.Linear(input_size, output_size)
-        # With two tokenizers, "add" adds to the LLM's input embeddings at the SLM's width.
-        self.llm_embeddings = nn.Linear(self.llm_hidden_size, output_size) if config.adds_llm_embeddings else None
-        self.llm_embeddings_layer = config.prompt_layers.index(0) if config.adds_llm_embeddings else None
-
-    def forward(self, prompt_hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, prompt_length, prompt_hidden_size)` to `(batch_size, prompt_length, slm_hidden_size)`."""
-        # A quantized weight's dtype is how it is stored; a bias is never quantized.
-        states = prompt_hidden_states.to(self.out.bias.dtype).split(self.llm_hidden_size, dim=-1)
-        embeds = states[: self.num_layers]
-        if self.norms is not None:
-            embeds = [norm(layer_states) for norm, layer_states in zip(self.norms, embeds, strict=True)]
-        embeds = torch.cat(tuple(embeds), dim=-1)  # (batch_size, prompt_length, num_layers * llm_hidden_size)
-        if self.hidden is not None:
-            embeds = self.act(self.hidden(embeds))
-        embeds = self.out(embeds)  # (batch_size, prompt_length, slm_hidden_size)
-        if self.llm_embeddings is not None:
-            embeds = embeds + self.llm_embeddings(states[self.llm_embeddings_layer])
-        return embeds
-
-
-class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationMixin, GenerationMixin):
+class LLM2SLMForConditionalGeneration(
+    LLM2SLMPreTrainedModel, LLM2SLMTrainingMixin, LLM2SLMGenerationMixin, GenerationMixin
+):
     """
     A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
 
@@ -147,8 +113,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         super().__init__(config)
         self.register_module("llm", None)
         if llm is None and (config.include_llm or config.llm_name_or_path is None):
-            # T5's encoder class changes the configuration it is given.
-            llm = llm_auto_class(config.llm_config).from_config(copy.deepcopy(config.llm_config))
+            # T5's encoder class changes the configuration it is given; any other LLM's is this model's own.
+            llm_config = config.llm_config
+            llm_config = copy.deepcopy(llm_config) if llm_config.is_encoder_decoder else llm_config
+            llm = llm_auto_class(llm_config).from_config(llm_config)
         if llm is not None:
             self._set_llm(llm)
         self.projector = LLM2SLMProjector(config)
@@ -176,7 +144,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             module.mean.zero_()
             module.scale.fill_(1.0)
         elif isinstance(module, nn.Linear):
-            _init_linear(module, output_std=1.0 if module is self.projector.hidden else 0.02)
+            init_linear(module, output_std=1.0 if module is self.projector.hidden else 0.02)
 
     @classmethod
     def from_llm_slm_pretrained(
@@ -267,12 +235,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         embeddings = self.slm.get_input_embeddings()
         ids = torch.arange(min(embeddings.num_embeddings, 4096), device=compute_device(embeddings))
         std = self._embed_with_slm(ids).float().std().item()
-        _init_linear(self.projector.out, output_std=std)
+        init_linear(self.projector.out, output_std=std)
         if self.projector.llm_embeddings is not None:
             llm_embeddings = self.llm.get_input_embeddings()
             ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=compute_device(llm_embeddings))
             llm_std = llm_embeddings(ids).float().std().item()
-            _init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
+            init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
 
     def _set_llm(self, llm: PreTrainedModel):
         """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
@@ -288,22 +256,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         # An encoder of Transformers 4 has no such method.
         return llm.get_encoder() if hasattr(llm, "get_encoder") else llm
 
-    # --------------------------------------------------------------------------------------------- frozen, whatever
-    def train(self, mode: bool = True):
-        """Sets projector and SLM to training mode; the frozen LLM stays in eval mode."""
-        self._take_adapters_out_of_llm()
-        super().train(mode)
-        if self.llm is not None:
-            self.llm.eval()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """Switches gradients of projector and SLM; the LLM stays frozen."""
-        super().requires_grad_(requires_grad)
-        if self.llm is not None:
-            self.llm.requires_grad_(False)
-        return self
-
     def _apply(self, fn, recurse=True):
         """`to` and its kin move projector and SLM; an offloaded LLM is where its device map says."""
         if self.llm is None or not is_offloaded(self.llm):
@@ -313,47 +265,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             return super()._apply(fn, recurse)
         finally:
             self._modules["llm"] = llm
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name == "peft_config" and self.llm is not None:  # PEFT sets it once its layers are in
-            self._take_adapters_out_of_llm()
-            if all(_wrapped_by_peft(module) is None for module in self.modules()):
-                raise ValueError(
-                    "The LLM is frozen, and `target_modules` match layers of it alone: choose the SLM's, such as "
-                    r"`r'slm\..*\.(q_proj|v_proj)'`."
-                )
-
-    def _take_adapters_out_of_llm(self):
-        """PEFT finds layers by their names, in the frozen LLM too, where adapters would get no gradient."""
-        if self.llm is None:
-            return
-        self.llm.requires_grad_(False)  # `bias="all"` unfreezes some
-        wrappers = [name for name, module in self.llm.named_modules() if _wrapped_by_peft(module) is not None]
-        outermost = [name for name in wrappers if not name.startswith(tuple(f"{other}." for other in wrappers))]
-        for name in outermost:
-            module = self.llm.get_submodule(name)
-            while (inner := _wrapped_by_peft(module)) is not None:
-                module = inner
-            parent, _, child = name.rpartition(".")
-            setattr(self.llm.get_submodule(parent), child, module)
-        if outermost:
-            warnings.warn(
-                f"The LLM is frozen: PEFT's layers were taken out of it again ({len(outermost)}, the first at "
-                f"'llm.{outermost[0]}'). To match the SLM's alone write, e.g., "
-                r"`target_modules=r'slm\..*\.(q_proj|v_proj)'`, or pass `exclude_modules=r'llm\..*'`.",
-                stacklevel=2,
-            )
-
-    @property
-    def _tied_weights_keys(self):
-        """The SLM's, by their names here: a mapping in Transformers 5, in 4 a list of how names end. PEFT reads it."""
-        keys = self.slm._tied_weights_keys
-        if isinstance(keys, dict):
-            return {f"slm.{target}": f"slm.{source}" for target, source in keys.items()}
-        ends = tuple(f".{key.removesuffix('.weight')}" for key in keys or ())
-        names = (f"slm.{name}" for name, _ in self.slm.named_modules(remove_duplicate=False))
-        return [f"{name}.weight" for name in names if name.endswith(ends)]
 
     # Token embeddings, head and vocabulary are the SLM's: it writes the response.
     def get_input_embeddings(self):
@@ -385,6 +296,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 )
         return self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
+    @property
+    def vocab_size(self) -> int:
+        """The SLM's, as `resize_token_embeddings` leaves it."""
+        return self.config.vocab_size
+
     def get_decoder(self):
         """The SLM's decoder."""
         return self.slm.get_decoder()
@@ -413,13 +329,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         )
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
-
-    @property
-    def base_model(self) -> nn.Module:
-        """All but the SLM's head: what TRL's trainers call, to compute loss and metrics with the head themselves."""
-        return LLM2SLMBackbone(self)
-
-    model = base_model  # where TRL looks for it with Transformers 4
 
     # ----------------------------------------------------------------------------------------------- encode a prompt
     def encode_prompt(
@@ -450,17 +359,21 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 longer than the LLM's or the SLM's positions, or states are of the wrong width or not finite.
         """
         adds_own_embeddings = self.config.fusion == "add" and self.config.shared_tokenizer
-        input_ids = _as_ids("input_ids", input_ids)
+        input_ids = as_ids("input_ids", input_ids)
         if prompt_hidden_states is None:
             prompt_hidden_states = self.encode_hidden_states(input_ids, attention_mask)
             if attention_mask is None:
                 attention_mask = torch.ones(prompt_hidden_states.shape[:2], dtype=torch.long)
-            prompt_hidden_states = _fill_masked(prompt_hidden_states, attention_mask)
+            prompt_hidden_states = fill_masked(prompt_hidden_states, attention_mask)
         else:
-            prompt_hidden_states, attention_mask = self._check_prompt_states(
-                "prompt_hidden_states", prompt_hidden_states, self.config.prompt_hidden_size, attention_mask
+            prompt_hidden_states, attention_mask = check_prompt_states(
+                self.config,
+                "prompt_hidden_states",
+                prompt_hidden_states,
+                self.config.prompt_hidden_size,
+                attention_mask,
             )
-            self._check_ids_of_states(input_ids, prompt_hidden_states, attention_mask, adds_own_embeddings)
+            check_ids_of_states(self.config, input_ids, prompt_hidden_states, attention_mask, adds_own_embeddings)
         device = compute_device(self.projector)
         attention_mask = attention_mask.to(device).long()
         # (batch_size, prompt_length, slm_hidden_size)
@@ -509,25 +422,25 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         Raises:
             ValueError: if the LLM is not loaded, or ids and mask are invalid (see `encode_prompt`).
         """
-        input_ids, attention_mask = self._check_prompt_ids(input_ids, attention_mask)
+        input_ids, attention_mask = check_prompt_ids(self.config, input_ids, attention_mask)
         if self.llm is None:
             raise ValueError("The frozen LLM is not loaded: call `load_llm()`, or pass `prompt_hidden_states`.")
         # Padding on the right gives every kind of LLM the right positions, whether or not it takes `position_ids`.
         attention_mask = attention_mask.to(compute_device(self.llm))
-        order = _padding_order(attention_mask, "right")
+        order = padding_order(attention_mask, "right")
         input_ids, attention_mask = input_ids.to(order.device).gather(1, order), attention_mask.gather(1, order)
         arguments = {"use_cache": False} if "use_cache" in _arguments(type(self.llm).forward) else {}
         reading = LayerStates(self.llm, self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers)
         hidden_states: Any = None
         for rows in self._rows_run_together(attention_mask):
-            longest = _longest(attention_mask[rows])
+            longest = longest_row(attention_mask[rows])
             prompt = {"input_ids": input_ids[rows, :longest], "attention_mask": attention_mask[rows, :longest]}
             reading.model(**prompt, **arguments, return_dict=True)
             row_states = reading.states()  # (number of rows, longest, prompt_hidden_size)
             if hidden_states is None:
                 hidden_states = row_states.new_zeros(*input_ids.shape, row_states.shape[-1])
             hidden_states[rows, :longest] = row_states
-        return _reordered(hidden_states, order.argsort(dim=1))  # (batch_size, prompt_length, prompt_hidden_size)
+        return reordered(hidden_states, order.argsort(dim=1))  # (batch_size, prompt_length, prompt_hidden_size)
 
     def _rows_run_together(self, attention_mask) -> list[list[int]]:
         """
@@ -549,68 +462,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             runs.append(rows[start:end])
             end = start
         return runs
-
-    def _check_prompt_ids(self, input_ids, attention_mask):
-        input_ids = _as_ids("input_ids", input_ids)
-        if input_ids is None:
-            raise ValueError("Pass the prompt: `input_ids`, `prompt_hidden_states` or `prompt_embeds`.")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"`input_ids` must have shape (batch_size, prompt_length) with at least one token, got "
-                f"{tuple(input_ids.shape)}."
-            )
-        attention_mask = _check_attention_mask(attention_mask, "input_ids", input_ids)
-        # What pads the prompts may be unknown to the LLM (a pipeline pads with the SLM's token).
-        input_ids = input_ids.masked_fill(attention_mask.to(input_ids.device) == 0, 0)
-        llm_config = self.config.llm_text_config
-        lowest, highest = int(input_ids.min()), int(input_ids.max())
-        if lowest < 0 or highest >= llm_config.vocab_size:
-            raise ValueError(
-                f"`input_ids` must be ids of the LLM's tokenizer, from 0 to {llm_config.vocab_size - 1}; found "
-                f"{lowest if lowest < 0 else highest}."
-            )
-        self._check_positions("LLM", llm_config, _longest(attention_mask))
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
-        return input_ids, attention_mask
-
-    def _check_ids_of_states(self, input_ids, prompt_hidden_states, attention_mask, needed):
-        if input_ids is None:
-            if not needed:
-                return
-            raise ValueError(
-                "`fusion='add'` with a shared tokenizer adds to the SLM's own embeddings of the prompt: pass "
-                "`input_ids` with `prompt_hidden_states`."
-            )
-        if input_ids.shape != attention_mask.shape:
-            raise ValueError(
-                f"`input_ids` {tuple(input_ids.shape)} and `prompt_hidden_states` "
-                f"{tuple(prompt_hidden_states.shape)} must be of one batch size and prompt length."
-            )
-        if needed:
-            self._check_prompt_ids(input_ids, attention_mask)
-
-    def _check_prompt_states(self, name, states, width, attention_mask):
-        _check_tensor(name, states)
-        if not states.is_floating_point():
-            raise TypeError(f"`{name}` must be floating point, got {states.dtype}.")
-        if states.ndim != 3 or states.shape[-1] != width or states.numel() == 0:
-            raise ValueError(
-                f"`{name}` must have shape (batch_size, prompt_length, {width}), got {tuple(states.shape)}."
-            )
-        attention_mask = _check_attention_mask(attention_mask, name, states)
-        states = _fill_masked(states, attention_mask)
-        if not torch.isfinite(states).all():
-            raise ValueError(f"`{name}` has NaN or infinite values at positions that are not masked.")
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(attention_mask))
-        return states, attention_mask
-
-    def _check_positions(self, model_name, config, length, what="prompt has"):
-        limit = max_positions(config)
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"The {what} {length} tokens, but the {model_name} ({config.model_type}) has {limit} positions. "
-                f"Tokenize with `truncation=True, max_length=...`, or choose a model with more positions."
-            )
 
     # ------------------------------------------------------------------------------------------------------- forward
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -661,8 +512,12 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
 
         Returns:
             `Seq2SeqLMOutput` with `loss` (mean over the labels) and `logits` of shape
-            `(batch_size, response_length, vocab_size)`; `encoder_last_hidden_state` is what the response attends to:
-            the SLM encoder's output, or the prompt embeddings of a decoder-only SLM.
+            `(batch_size, response_length, vocab_size)`. Its `encoder_...` are the SLM's over the prompt, its
+            `decoder_...` those over the response; a decoder-only SLM has both in one sequence, where the last token of
+            the prompt predicts the first of the response: its `decoder_attentions` are of shape `(batch_size,
+            num_heads, response_length, prompt_length + response_length - 1)`, and `cross_attentions` is `None`.
+            `encoder_last_hidden_state` is what the response attends to: the SLM encoder's output, or the prompt
+            embeddings of a decoder-only SLM. Prompt positions are those of the call, and 0 where it masks them.
 
         Raises:
             ValueError: if there is neither `labels` nor `decoder_input_ids`, if they have not one row for each
@@ -670,7 +525,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 `encode_prompt`).
         """
         return_dict = return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-        _check_prompt_kwargs(kwargs)
+        check_prompt_kwargs(kwargs)
         # PEFT and the trainers pass more than this model takes: `None` for all it does not use, and `use_cache`.
         if unknown := {k for k, v in kwargs.items() if v is not None} - {"use_cache"}:
             raise TypeError(
@@ -683,35 +538,48 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
                 "the LLM's states: leave it out."
             )
         outputs_wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        outputs_wanted = {name: value for name, value in outputs_wanted.items() if value is not None}
-        labels, decoder_input_ids = _as_ids("labels", labels), _as_ids("decoder_input_ids", decoder_input_ids)
+        outputs_wanted = {
+            name: getattr(self.config, name) if value is None else value
+            for name, value in outputs_wanted.items()
+            if value is not None or getattr(self.config, name)  # or else as the SLM's configuration says
+        }
+        labels, decoder_input_ids = as_ids("labels", labels), as_ids("decoder_input_ids", decoder_input_ids)
         prompts = {
             "prompt_embeds": prompt_embeds,
             "prompt_hidden_states": prompt_hidden_states,
             "input_ids": input_ids,
         }
         for name, prompt in prompts.items():
-            _check_tensor(name, prompt)
+            check_tensor(name, prompt)
         rows = num_prompts(*prompts.values())
         if labels is not None:
             check_response("labels", labels, rows)
-            self._check_labels(labels)
+            check_labels(self.config, labels)
             if decoder_attention_mask is None:
                 decoder_attention_mask = response_mask(labels)
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         check_response("decoder_input_ids", decoder_input_ids, rows)
-        _check_tensor("decoder_attention_mask", decoder_attention_mask)
+        check_tensor("decoder_attention_mask", decoder_attention_mask)
         if decoder_attention_mask is not None and decoder_attention_mask.shape != decoder_input_ids.shape:
             raise ValueError(
                 f"`decoder_attention_mask` must have shape {tuple(decoder_input_ids.shape)} like the response, got "
                 f"{tuple(decoder_attention_mask.shape)}."
             )
-        embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
-        if self.training and torch.is_grad_enabled() and not embeds.requires_grad and _checkpoints(self.slm):
+        prompt_embeds, prompt_mask = self._encoded_prompt(
+            input_ids, attention_mask, prompt_hidden_states, prompt_embeds
+        )
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and not prompt_embeds.requires_grad
+            and uses_checkpointing(self.slm)
+        ):
             # Reentrant checkpointing gives no gradient to adapters behind inputs that need none.
             # `enable_input_require_grads` sees to token embeddings, which the prompt does not pass.
-            embeds.requires_grad_()
+            prompt_embeds = prompt_embeds.detach().requires_grad_()
+        order = self._slm_order(prompt_mask)
+        embeds, mask = reordered(prompt_embeds, order), reordered(prompt_mask, order)
         if self.config.slm_config.is_encoder_decoder:
             output = self.slm(
                 inputs_embeds=embeds,
@@ -727,6 +595,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             output = self._decoder_only_forward(
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted
             )
+        if order is not None:
+            output = with_prompt_positions(output, prompt_mask, order, self.config.slm_config.is_encoder_decoder)
         if labels is not None:
             targets = labels if shift_labels is None else shift_labels
             loss = _response_loss(output.logits, targets, num_items_in_batch)
@@ -748,11 +618,11 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
         response_embeds = self.slm.get_input_embeddings()(response_ids).to(prompt_embeds.dtype)
         inputs_embeds = torch.cat([prompt_embeds, response_embeds], dim=1)  # (batch, prompt + response - 1, hidden)
         mask = torch.cat([prompt_mask, response_mask.to(prompt_mask)], dim=1)
-        self._check_positions("SLM", self.config.slm_config.get_text_config(), _longest(mask), PROMPT_AND_RESPONSE)
+        check_positions("SLM", self.config.slm_config.get_text_config(), longest_row(mask), PROMPT_AND_RESPONSE)
         arguments = _arguments(type(self.slm).forward)
         optional = dict(outputs_wanted)
         if "position_ids" in arguments:
-            optional["position_ids"] = _position_ids(mask)
+            optional["position_ids"] = positions_of(mask)
         response_length = decoder_input_ids.shape[1]
         if "logits_to_keep" in arguments:  # no head for the prompt's positions
             optional["logits_to_keep"] = response_length
@@ -760,155 +630,67 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LLM2SLMGenerationM
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, return_dict=True, **optional
         )
         hidden_states, attentions = output.get("hidden_states"), output.get("attentions")
+        if attentions and attentions[0] is None:  # what GPT-2 of Transformers 4 gives without eager attention
+            attentions = None
+        prompt_length = prompt_embeds.shape[1]
         return Seq2SeqLMOutput(
             logits=output.logits[:, -response_length:],  # (batch_size, response_length, vocab_size)
             decoder_hidden_states=hidden_states and tuple(state[:, -response_length:] for state in hidden_states),
             decoder_attentions=attentions and tuple(weights[:, :, -response_length:] for weights in attentions),
+            encoder_hidden_states=hidden_states and tuple(state[:, :prompt_length] for state in hidden_states),
+            encoder_attentions=attentions
+            and tuple(weights[:, :, :prompt_length, :prompt_length] for weights in attentions),
             encoder_last_hidden_state=prompt_embeds,
         )
 
-    def _prompt_for_slm(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
-        """Embeddings and mask of the prompt, padded on the side that the SLM's positions are right with."""
+    def _encoded_prompt(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
+        """Embeddings and mask of the prompt, as the caller padded it."""
         if prompt_embeds is None:
             encoding = self.encode_prompt(input_ids, attention_mask, prompt_hidden_states)
-            prompt_embeds, mask = encoding.prompt_embeds, encoding.attention_mask
-        else:
-            if input_ids is not None or prompt_hidden_states is not None:
-                raise ValueError(
-                    "`prompt_embeds` are the prompt, already encoded: pass neither `input_ids` nor "
-                    "`prompt_hidden_states` with them."
-                )
-            prompt_embeds, mask = self._check_prompt_states(
-                "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
-            )
-            # Where and in the dtype that `encode_prompt` gives them.
-            own = self.slm.get_input_embeddings().weight
-            prompt_embeds, mask = prompt_embeds.to(self.projector.out.weight.device, own.dtype), mask.to(own.device)
-        longest = _longest(mask)  # what is padding in every row is left out
-        if self.config.slm_config.is_encoder_decoder:
-            order = _padding_order(mask, "right")[:, :longest]
-        else:
-            order = _padding_order(mask, "left")[:, -longest:]
-        return _reordered(prompt_embeds, order), mask.gather(1, order)
-
-    def _check_labels(self, labels):
-        highest, lowest = int(labels.max()), int(labels.masked_fill(labels == -100, 0).min())
-        if highest == -100:
-            raise ValueError("All `labels` are -100: there is no response to learn from.")
-        if highest >= self.config.vocab_size or lowest < 0:
+            return encoding.prompt_embeds, encoding.attention_mask
+        if input_ids is not None or prompt_hidden_states is not None:
             raise ValueError(
-                f"`labels` must be ids of the SLM's tokenizer, from 0 to {self.config.vocab_size - 1}, or -100; found "
-                f"{lowest if lowest < 0 else highest}."
+                "`prompt_embeds` are the prompt, already encoded: pass neither `input_ids` nor `prompt_hidden_states` "
+                "with them."
             )
+        prompt_embeds, mask = check_prompt_states(
+            self.config, "prompt_embeds", prompt_embeds, self.config.slm_hidden_size, attention_mask
+        )
+        # Where and in the dtype that `encode_prompt` gives them.
+        device, dtype = compute_device(self.projector), self.slm.dtype
+        return prompt_embeds.to(device, dtype), mask.to(device)
 
-
-# ----------------------------------------------------------------------------------------------------- TRL's trainers
-class LLM2SLMBackbone(nn.Module):
-    """A view of a model, without parameters of its own, that returns the states which enter the SLM's head."""
-
-    _tp_plan = _pp_plan = None
-
-    def __init__(self, model: LLM2SLMForConditionalGeneration):
-        super().__init__()
-        self._whole = (model,)  # in a tuple: the model is not a part of its view
-
-    def forward(self, decoder_input_ids: torch.Tensor | None = None, **inputs) -> BaseModelOutput:
-        r"""
-        Takes what [`LLM2SLMForConditionalGeneration`] takes, but `labels`.
-
-        Returns:
-            `BaseModelOutput` with `last_hidden_state` of shape `(batch_size, response_length, slm_hidden_size)`.
-
-        Raises:
-            ValueError: without `decoder_input_ids`, and for an SLM that adds a bias behind its head.
+    def _slm_order(self, mask) -> torch.Tensor | None:
         """
-        model = self._whole[0]
-        if decoder_input_ids is None:
-            raise ValueError(
-                "SFTTrainer needs batches with `decoder_input_ids`: pass it "
-                "`data_collator=DataCollatorForLLM2SLM(tokenizer, model=model)`."
-            )
-        bias = getattr(model.slm, "final_logits_bias", None)  # BART, Marian, Pegasus
-        if bias is not None and bias.any():
-            raise ValueError(
-                f"SFTTrainer computes the loss from the head's weights alone, but {type(model.slm).__name__} adds "
-                "`final_logits_bias` to what they give: train it with Seq2SeqTrainer."
-            )
-        if getattr(model.get_output_embeddings(), "token_adapter", None) is not None:
-            raise ValueError(
-                "SFTTrainer computes the loss from the head's weights alone, but `trainable_token_indices` of an SLM "
-                "with tied embeddings puts a layer of PEFT around the head: train it with Seq2SeqTrainer."
-            )
-        entering = []
-        head = model.get_output_embeddings()
+        The prompt's positions as the SLM takes them, `(batch_size, longest)`: padded on the side that its own
+        positions are right with, less what is padding in every row. `None` for a prompt without padding.
+        """
+        longest = longest_row(mask)
+        if longest * len(mask) == int(mask.sum()) and longest == mask.shape[1]:
+            return None
+        if self.config.slm_config.is_encoder_decoder:
+            return padding_order(mask, "right")[:, :longest]
+        return padding_order(mask, "left")[:, -longest:]
 
-        def keep_states(forward):
-            def keeping(states):
-                entering.append(states)
-                return forward(states[:, :1])  # the head itself has nothing to do
-
-            return keeping
-
-        # A copy for this call whose head keeps what enters it; the class's own forward, since the trainer has replaced
-        # the model's.
-        model = with_modules(model, {head: with_forward(head, keep_states)})
-        LLM2SLMForConditionalGeneration.forward(model, decoder_input_ids=decoder_input_ids, **inputs)
-        return BaseModelOutput(last_hidden_state=entering[0][:, -decoder_input_ids.shape[1] :])
+    def _prompt_for_slm(self, input_ids, attention_mask, prompt_hidden_states, prompt_embeds):
+        """Embeddings and mask of the prompt in `_slm_order`."""
+        embeds, mask = self._encoded_prompt(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
+        order = self._slm_order(mask)
+        return reordered(embeds, order), reordered(mask, order)
 
 
-# ------------------------------------------------------------------------------------------------- tensors and masks
-def _check_tensor(name, value):
-    if value is None or isinstance(value, torch.Tensor):
-        return
-    advice = "convert it with `torch.tensor`"
-    if isinstance(value, Mapping):  # what a tokenizer or `encode_prompt` returns
-        advice = "pass what it holds by name, as in `generate(**batch)`"
-    elif isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
-        advice = 'tokenize the text, as in `generate(**tokenizer(text, return_tensors="pt"))`'
-    raise TypeError(f"`{name}` must be a `torch.Tensor`, got {type(value).__name__}: {advice}.")
+def _response_loss(logits, labels, num_items_in_batch):
+    labels = labels.to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
-def _as_ids(name, ids):
-    _check_tensor(name, ids)
-    if ids is None:
-        return None
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"`{name}` must be token ids, integers, got {ids.dtype}.")
-    return ids.long()
-
-
-def _check_prompt_kwargs(kwargs: dict):
-    """Of what else a tokenizer or a user may pass as the prompt."""
-    # A tokenizer's ids of segments say nothing where there is one, and a prompt is one; the SLM must not get them.
-    token_type_ids = kwargs.pop("token_type_ids", None)
-    _check_tensor("token_type_ids", token_type_ids)
-    if token_type_ids is not None and token_type_ids.any():
-        raise ValueError("A prompt is one segment: `token_type_ids` must all be 0. Leave them out.")
-    if kwargs.get("inputs_embeds") is not None:
-        raise ValueError(
-            "The LLM reads `input_ids`, not `inputs_embeds`. A prompt that is already encoded, for the SLM, is "
-            "`prompt_embeds` (from `encode_prompt`)."
-        )
-
-
-def _check_attention_mask(attention_mask, name, tensor):
-    _check_tensor("attention_mask", attention_mask)
-    if attention_mask is None:
-        return torch.ones(tensor.shape[:2], dtype=torch.long, device=tensor.device)
-    if attention_mask.shape != tensor.shape[:2]:
-        raise ValueError(
-            f"`attention_mask` must have shape {tuple(tensor.shape[:2])} like `{name}`, got "
-            f"{tuple(attention_mask.shape)}."
-        )
-    tokens = attention_mask != 0
-    if (strange := tokens != attention_mask).any():
-        raise ValueError(
-            f"`attention_mask` must be 1 for tokens and 0 for padding; found {attention_mask[strange][0].item():g}."
-        )
-    empty = tokens.sum(dim=1) == 0
-    if empty.any():
-        raise ValueError(f"Row {int(empty.long().argmax())} of `attention_mask` has no token: its prompt is empty.")
-    return attention_mask.long()
+@functools.cache
+def _arguments(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
@@ -940,66 +722,6 @@ def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
             f"{lowest if lowest < -1 else highest}."
         )
     return token_map
-
-
-def response_mask(labels: torch.Tensor) -> torch.Tensor:
-    """The `decoder_attention_mask` of `labels`: position i is fed label i - 1, the first the start token."""
-    return torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], dim=1)
-
-
-def _wrapped_by_peft(module: nn.Module) -> nn.Module | None:
-    """The module inside, if PEFT has made this one: for `target_modules`, `modules_to_save`, single tokens."""
-    inner = (module._modules.get(name) for name in ("base_layer", "original_module", "token_adapter"))
-    return next((found for found in inner if found is not None), None)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _longest(mask: torch.Tensor) -> int:
-    """Tokens of the longest row."""
-    return int(mask.sum(dim=1).max())
-
-
-def _fill_masked(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Zero at masked positions. They may hold anything, NaN too: the SLM masks them, but 0 * NaN is NaN."""
-    return states.masked_fill(mask[:, :, None].to(states.device) == 0, 0.0)
-
-
-@functools.cache
-def _arguments(function) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
-    """The order of positions that moves padding to `side` and keeps the tokens' own order."""
-    return torch.argsort((mask != 0).long(), dim=1, stable=True, descending=side == "right")
-
-
-def _reordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return tensor.gather(1, order[:, :, None].expand(-1, -1, tensor.shape[-1]))
-
-
-def _position_ids(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _response_loss(logits, labels, num_items_in_batch):
-    labels = labels.to(logits.device)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction
-    )
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-@torch.no_grad()
-def _init_linear(linear: nn.Linear, output_std: float):
-    """Outputs of standard deviation `output_std` for inputs of standard deviation 1."""
-    linear.weight.normal_(mean=0.0, std=output_std / linear.in_features**0.5)
-    linear.bias.zero_()
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "PromptEncoding"]
