@@ -161,8 +161,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         own = self.slm.generation_config
         self.slm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in tokens})
-        # What neither a quantizer nor float16 may touch: what each part says of its own (Transformers 5 asks them), and
-        # of a quantized model the projector, which is small and all that the SLM learns of the LLM.
+        # What neither a quantizer nor float16 may touch: what each part says of its own (Transformers 5 asks them),
+        # and of a quantized model the projector, which is small and all that the SLM learns of the LLM.
         kept = {name for part in (self.llm, self.slm) if part is not None for name in part._keep_in_fp32_modules or ()}
         quantized = getattr(config, "quantization_config", None) is not None
         self._keep_in_fp32_modules = sorted(kept | ({"projector"} if quantized else set()))
