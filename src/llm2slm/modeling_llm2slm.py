@@ -651,7 +651,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, return_dict=True, **optional
         )
         hidden_states, attentions = output.get("hidden_states"), output.get("attentions")
-        if attentions and attentions[0] is None:  # what GPT-2 of Transformers 4 gives without eager attention
+        if attentions and attentions[0] is None:  # what attention gives that does not give its weights
             attentions = None
         prompt_length = prompt_embeds.shape[1]
         return Seq2SeqLMOutput(
@@ -676,7 +676,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, LosslessGeneration
 
     def _slm_order(self, mask) -> torch.Tensor | None:
         """
-        The prompt's positions as the SLM takes them, `(batch_size, longest)`: padded on the side that its own positions
+        The prompt's positions as the SLM takes them, `(batch_size, longest)`: padded on the side that its positions
         are right with, less what is padding in every row. `None` for a prompt without padding.
         """
         longest = _longest(mask)
@@ -922,7 +922,7 @@ def _reordered(tensor: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor
 
 
 def _with_prompt_positions(output, mask, order, is_encoder_decoder) -> Seq2SeqLMOutput:
-    """What the SLM says of a prompt in this order, at the positions that `mask` gives the prompt's tokens; 0 elsewhere."""
+    """What the SLM says of a prompt in this order, where `mask` has the prompt's tokens; 0 for padding."""
 
     def restored(tensor, dim):
         in_order, rest = tensor.split([order.shape[1], tensor.shape[dim] - order.shape[1]], dim=dim)
@@ -937,8 +937,10 @@ def _with_prompt_positions(output, mask, order, is_encoder_decoder) -> Seq2SeqLM
     dims["cross_attentions" if is_encoder_decoder else "decoder_attentions"] = (3,)
     for name, prompt_dims in dims.items():
         for dim in prompt_dims:
-            if isinstance(output.get(name), tuple):
-                output[name] = tuple(restored(tensor, dim) for tensor in output[name])
+            if isinstance(
+                output.get(name), tuple
+            ):  # of `None` where attention gives no weights
+                output[name] = tuple(tensor if tensor is None else restored(tensor, dim) for tensor in output[name])
             elif output.get(name) is not None:
                 output[name] = restored(output[name], dim)
     return output
