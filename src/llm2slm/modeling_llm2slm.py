@@ -937,9 +937,7 @@ def _with_prompt_positions(output, mask, order, is_encoder_decoder) -> Seq2SeqLM
     dims["cross_attentions" if is_encoder_decoder else "decoder_attentions"] = (3,)
     for name, prompt_dims in dims.items():
         for dim in prompt_dims:
-            if isinstance(
-                output.get(name), tuple
-            ):  # of `None` where attention gives no weights
+            if isinstance(output.get(name), tuple):  # of `None` where attention gives no weights
                 output[name] = tuple(tensor if tensor is None else restored(tensor, dim) for tensor in output[name])
             elif output.get(name) is not None:
                 output[name] = restored(output[name], dim)
