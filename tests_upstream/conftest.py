@@ -1,6 +1,6 @@
 """
-Makes the tests of transformers' source distribution importable: of its `tests/` it has the files, but no folder. A mixin that
-lies in a folder is empty here, unless UPSTREAM names a checkout of transformers' repository.
+Makes the tests of transformers' source distribution importable: of its `tests/` it has the files, but no folder. A
+mixin that lies in a folder is empty here, unless UPSTREAM names a checkout of transformers' repository.
 """
 
 import importlib.util

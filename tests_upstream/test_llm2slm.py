@@ -1,8 +1,8 @@
 """
 transformers' own tests of a model, run on four pairs by `make test-upstream`.
 
-Each function of a test class here stands in the place of one of theirs and says why, in its docstring or in the reason of its
-skip. docs/upstream_tests.md lists them.
+Each function of a test class here stands in the place of one of theirs and says why, in its docstring or in the reason
+of its skip. docs/upstream_tests.md lists them.
 """
 
 import tempfile
@@ -91,7 +91,7 @@ class LLM2SLMTests(GenerationTesterMixin, ModelTesterMixin):
         super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
 
     def test_sdpa_can_dispatch_composite_models(self):
-        """Upstream knows sub-models by names such as `vision_tower` and `language_model`; a pair's are `llm` and `slm`."""
+        """Upstream looks for a `vision_tower` and a `language_model`; a pair's parts are `llm` and `slm`."""
         model = LLM2SLMForConditionalGeneration(self.model_tester.get_config())
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -116,13 +116,13 @@ class LLM2SLMTests(GenerationTesterMixin, ModelTesterMixin):
             super().test_save_load_keys_to_ignore_on_save()
 
     def test_retain_grad_hidden_states_attentions(self):
-        """What is said of a padded prompt is put back where the caller had it, in copies: this prompt has no padding."""
+        """What is said of a padded prompt is returned in copies, where the caller had it: here is no padding."""
         self.model_tester.padded = False
         super().test_retain_grad_hidden_states_attentions()
 
     # --------------------------------------------------------------------------------------------------- generation
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
-        """`generate` leaves out what is padding in every prompt, and its states lack it: these prompts have no padding."""
+        """`generate` leaves out what is padding in every prompt, and its states lack it: here is no padding."""
         self.model_tester.padded = False
         return super().prepare_config_and_inputs_for_generate(batch_size)
 
@@ -169,7 +169,7 @@ class DecoderOnlySLMTests(LLM2SLMTests):
                     self.assertEqual(weights.shape, (self.model_tester.batch_size, heads, length, keys))
 
     def test_retain_grad_hidden_states_attentions(self):
-        """States and attentions are parts cut out of one sequence, through which no gradient flows back: the prompt's do."""
+        """States and attentions are cut out of one sequence, so no gradient reaches them: it does the prompt's."""
         self.model_tester.padded = False
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         outputs = LLM2SLMForConditionalGeneration(config)(**inputs, output_hidden_states=True)
@@ -221,7 +221,7 @@ class T5T5Test(LLM2SLMTests, unittest.TestCase):
     pair = ("t5", "t5")
 
     def test_attn_implementation_composite_models(self):
-        """`T5Config.get_text_config(decoder=True)` is a copy, on which upstream would set the attention: here it is not."""
+        """Upstream sets the attention on what `get_text_config(decoder=True)` gives: T5's is a copy."""
         with mock.patch.object(T5Config, "get_text_config", lambda config, decoder=None, encoder=None: config):
             super().test_attn_implementation_composite_models()
 

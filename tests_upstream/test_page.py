@@ -11,20 +11,18 @@ PAIRS = {LLM2SLMTests.__name__: "all", DecoderOnlySLMTests.__name__: "decoder-on
 
 
 def rows():
-    """The page's table, from the test classes: what stands in the place of which function, for which pairs, and why."""
+    """The page's table, from the test classes: what is not run as it is, for which pairs, and why."""
     for cls in vars(test_llm2slm).values():
         if not inspect.isclass(cls) or not issubclass(cls, LLM2SLMTests):
             continue
         pairs = PAIRS.get(cls.__name__) or " → ".join(cls.pair)
         for name, function in inspect.getmembers(cls, inspect.isfunction):
             # Upstream wraps what a class inherits, and so makes it the class's own.
-            if (
-                name != "setUp"
-                and function.__module__ == cls.__module__
-                and function.__qualname__ == f"{cls.__name__}.{name}"
-            ):
+            own = (function.__module__, function.__qualname__) == (cls.__module__, f"{cls.__name__}.{name}")
+            if own and name != "setUp":
                 skipped = getattr(function, "__unittest_skip_why__", None)
-                yield f"| `{name}` | {pairs} | {'skipped' if skipped else 'replaced'} | {skipped or function.__doc__} |"
+                how, reason = ("skipped", skipped) if skipped else ("replaced", function.__doc__)
+                yield f"| `{name}` | {pairs} | {how} | {reason} |"
         for name in vars(cls).get("switched_off", {}):
             assert getattr(cls, name) is False
             yield f"| `{name}` | {pairs} | switched off | {cls.switched_off[name]} |"

@@ -630,7 +630,7 @@ class LLM2SLMForConditionalGeneration(
             inputs_embeds=inputs_embeds, attention_mask=mask, use_cache=False, return_dict=True, **optional
         )
         hidden_states, attentions = output.get("hidden_states"), output.get("attentions")
-        if attentions and attentions[0] is None:  # what GPT-2 of Transformers 4 gives without eager attention
+        if attentions and attentions[0] is None:  # what attention gives that does not give its weights
             attentions = None
         prompt_length = prompt_embeds.shape[1]
         return Seq2SeqLMOutput(
