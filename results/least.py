@@ -12,7 +12,7 @@ from pathlib import Path
 from llm2slm.data.pairs import hash_texts, load_pairs
 from llm2slm.evaluation.metrics import compute_statistics, interval
 from llm2slm.evaluation.reports import METRICS
-from llm2slm.training.record import versions
+from llm2slm.utils import versions
 
 
 def main():

@@ -19,8 +19,8 @@ from llm2slm.building import start_at_zero, token_map
 from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.pairs import load_pairs
 from llm2slm.data.prompt_features import cache_prompt_features
-from llm2slm.training.record import machine, versions
-from llm2slm.training.setup import load_tokenizer
+from llm2slm.language_models import load_tokenizer
+from llm2slm.utils import machine, versions
 
 PAIRS = {"train": 3528, "validation": 512}
 

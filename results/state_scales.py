@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from llm2slm.data.pairs import load_pairs
+from llm2slm.language_models import load_tokenizer
 from llm2slm.loading_llm2slm import load_slm, without_head
-from llm2slm.training.record import machine, versions
-from llm2slm.training.setup import load_tokenizer
+from llm2slm.utils import machine, versions
 
 SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 

@@ -171,7 +171,7 @@ def test_public_names_are_found_when_they_are_used():
     assert set(llm2slm.__all__) <= set(dir(llm2slm))
     assert all(getattr(llm2slm, name).__name__ == name for name in llm2slm.__all__)
     with pytest.raises(AttributeError, match="no attribute 'LLM3SLM'"):
-        llm2slm.LLM3SLM
+        _ = llm2slm.LLM3SLM
 
 
 def test_loading_and_generating_do_without_the_packages_of_training():

@@ -515,8 +515,8 @@ def test_missing_and_contradictory_options_are_said(folders, data, tmp_path, cap
         ("causal", ["--split", "validation"], ["no split 'validation'", "'test'"]),
         ("causal", ["--few-shot", 1, "--few-shot-split", "dev"], ["no split 'dev'"]),
         ("causal", ["--prompt-format", "{text}"], ["no column 'text'"]),
-        ("causal", ["--max-new-tokens", 60], ["the model has 64", "--max-new-tokens"]),
-        ("llm2slm_llama", ["--max-new-tokens", 60], ["the model has 64", "--prompt-max-length"]),
+        ("causal", ["--max-new-tokens", 60], ["the model (", ") has 64", "--max-new-tokens"]),
+        ("llm2slm_llama", ["--max-new-tokens", 60], ["the SLM (llama) has 64", "--prompt-max-length"]),
     ):
         assert_one_line_error(capsys, ["--model", folders[kind], *common, *options], *fragments)
     assert not [*tmp_path.iterdir()]

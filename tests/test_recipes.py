@@ -143,7 +143,7 @@ def test_the_train_command_reads_the_recipe_for_each_arm(name, arm):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_says_its_own_command(name):
     comment = (FOLDER / f"{name}.yaml").read_text()
-    assert f"llm2slm train --config training/recipes/{name}.yaml --output_dir runs/{name}\n" in comment
+    assert f"llm2slm train --config training/recipes/{name}.yaml --output-dir runs/{name}\n" in comment
     built = re.search(r"python training/build_\w+\.py .*--output (\S+)", comment)
     assert (built and built[1]) == (read(name)["data"] if read(name)["data"].startswith("data/") else None)
     assert f"[`{name}`]({name}.yaml)" in (FOLDER / "README.md").read_text()

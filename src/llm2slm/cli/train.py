@@ -40,13 +40,17 @@ def add_more_options(parser: argparse.ArgumentParser, help_only: bool) -> None:
             parser.add_argument_group("the Trainer's options with other defaults than its own"), TrainerDefaults
         )
         return
+    trainer_parser = _trainer_parser()
+    trainer_parser.add_argument("--help-trainer", action="help", help="show all options, the Trainer's too")
+    parser._add_container_actions(trainer_parser)  # what `parents=` of a new parser does
+
+
+def _trainer_parser() -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
     from ..training.trainer import TrainerOptions
 
-    trainer_options = HfArgumentParser(TrainerOptions, add_help=False)
-    trainer_options.add_argument("--help-trainer", action="help", help="show all options, the Trainer's too")
-    parser._add_container_actions(trainer_options)  # what `parents=` of a new parser does
+    return HfArgumentParser(TrainerOptions, add_help=False)
 
 
 def run(options: Options, **trainer_options: Any) -> None:
@@ -56,4 +60,7 @@ def run(options: Options, **trainer_options: Any) -> None:
 
     if options.validation_split == "none":
         trainer_options["eval_strategy"] = "no"
-    train(options, TrainerOptions(**trainer_options))
+    # A parser turns some defaults into other types: what was not asked for is left to the dataclass.
+    defaults = vars(_trainer_parser().parse_args([]))
+    given = {name: value for name, value in trainer_options.items() if value != defaults[name]}
+    train(options, TrainerOptions(**given))
