@@ -105,7 +105,7 @@ def label(
         shots = load_shots(data, split[0], prompt_format, completion_format, few_shot)
     rows, prompts = read_prompts(data, split, prompt_format, max_examples, shots, instruction)
     work = Path(f"{output}.part")
-    settings["fingerprint"] = fingerprint_of(prompts, shots)
+    settings["fingerprint"] = hash_prompts(prompts, shots)
     check_work_folder(work, settings)
 
     model, tokenizer = load_model(llm, revision, base, dtype, device, (trained["llm"] or {}).get("name_or_path"))
@@ -267,7 +267,7 @@ def check_lengths(config, ids: dict[str, list[list[int]]], max_new_tokens: int) 
 
 
 # ----------------------------------------------------------------------------------------------------------- responses
-def fingerprint_of(prompts: dict[str, list], shots: list[dict]) -> str:
+def hash_prompts(prompts: dict[str, list], shots: list[dict]) -> str:
     """The SHA-256 of what the LLM reads, by which an interrupted labelling is recognised."""
     return hashlib.sha256(json.dumps([prompts, shots], ensure_ascii=False).encode()).hexdigest()
 
