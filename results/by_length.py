@@ -9,7 +9,7 @@ counts the responses of more words than one and a half times the reference's and
 
 import sys
 
-from llm2slm.evaluation.metrics import TextMetric
+from llm2slm.evaluation.metrics import score_texts
 from llm2slm.evaluation.reports import read_reports
 
 METRICS = ("bleu", "chrf")
@@ -33,7 +33,7 @@ def main(paths: list[str]):
 
 def scores(rows: list[dict[str, str]]) -> str:
     sides = {"predictions": [row["response"] for row in rows], "references": [row["completion"] for row in rows]}
-    return ", ".join(f"{TextMetric(name).compute(**sides)['score']:.1f}" for name in METRICS)
+    return ", ".join(f"{score_texts(name, **sides)['score']:.1f}" for name in METRICS)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def prepare(arguments, folder: str) -> dict:
     }
 
 
-class Clock(TrainerCallback):
+class StepTimes(TrainerCallback):
     def __init__(self):
         self.wall, self.cpu = [], []
 
@@ -149,10 +149,13 @@ def train(arguments, folder: str, seed: int, model, examples, collator) -> tuple
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    clock = Clock()
-    Seq2SeqTrainer(model, training, data_collator=collator, train_dataset=examples, callbacks=[clock]).train()
+    step_times = StepTimes()
+    Seq2SeqTrainer(model, training, data_collator=collator, train_dataset=examples, callbacks=[step_times]).train()
     steps = arguments.steps - 1
-    return (clock.wall[-1] - clock.wall[0]) / steps, (clock.cpu[-1] - clock.cpu[0]) / steps
+    return (
+        (step_times.wall[-1] - step_times.wall[0]) / steps,
+        (step_times.cpu[-1] - step_times.cpu[0]) / steps,
+    )
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CompileConfig, GenerationConfig
 
 from llm2slm import decoding_llm2slm
-from llm2slm.benchmark.random_models import SHAPES
+from llm2slm.benchmark.random_models import SIZES
 from llm2slm.utils import cpu_model
 
 SYSTEMS = {
@@ -34,7 +34,7 @@ SYSTEMS = {
 }
 
 
-class Clock:
+class TokenTimes:
     def __init__(self, now):
         self.now, self.times = now, []
 
@@ -47,7 +47,7 @@ class Clock:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slm", choices=SHAPES, default="llama-15m")
+    parser.add_argument("--slm", choices=SIZES, default="llama-15m")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1])
@@ -95,16 +95,16 @@ def measure(arguments, dtype, batch_size):
     first_call, tokens = {}, {}
     for name, generate in systems.items():
         start = time.perf_counter()
-        tokens[name] = generate(Clock(now))
+        tokens[name] = generate(TokenTimes(now))
         first_call[name] = time.perf_counter() - start
     times = {name: [] for name in [*probes, *systems]}
     for repeat in range(arguments.repeats):
         for name, probe in probes.items():
             times[name].append(1000 * typical(timed(probe, now) for _ in range(50)))
         for name, generate in list(systems.items())[:: 1 if repeat % 2 == 0 else -1]:
-            clock = Clock(now)
-            generate(clock)
-            put = clock.times[-arguments.response_length :]
+            written = TokenTimes(now)
+            generate(written)
+            put = written.times[-arguments.response_length :]
             steps = [after - before for before, after in itertools.pairwise(put)]
             times[name].append(1000 * typical(steps))
     reference = tokens[arguments.systems[0]]
@@ -130,7 +130,7 @@ def timed(function, now):
 
 
 def build(shape, dtype):
-    model_type, sizes = SHAPES[shape]
+    model_type, sizes = SIZES[shape]
     config = AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(0)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.pairs import load_pairs
-from llm2slm.training.record import versions
+from llm2slm.utils import versions
 
 
 def main():

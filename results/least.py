@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from llm2slm.data.pairs import fingerprint, load_pairs
+from llm2slm.data.pairs import hash_texts, load_pairs
 from llm2slm.evaluation.metrics import compute_statistics, interval
 from llm2slm.evaluation.reports import METRICS
-from llm2slm.training.record import versions
+from llm2slm.utils import versions
 
 
 def main():
@@ -36,7 +36,7 @@ def least(path: Path) -> dict:
     return {
         "answer": "the first sentence" if summarizes else "the prompt, copied",
         "examples": len(pairs),
-        "fingerprint": fingerprint(pairs),
+        "fingerprint": hash_texts(pairs),
         "scores": scores,
     }
 

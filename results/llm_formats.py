@@ -22,7 +22,7 @@ from transformers import TorchAoConfig
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.pairs import load_pairs
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 FORMATS = {
     "float32": ("float32", None),

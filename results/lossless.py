@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.pairs import load_pairs
 from llm2slm.loading_llm2slm import load_slm
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 
 def main():

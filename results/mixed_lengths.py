@@ -16,7 +16,7 @@ import torch
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, modeling_llm2slm
 from llm2slm.data.pairs import load_pairs
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 TOKENS = [8, 16, 32, 64, 128, 256]  # of one prompt, for the time of a run
 ONE_RUN = 10**9  # what a run would have to save

@@ -12,9 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from llm2slm.evaluation.reports import METRICS
+from llm2slm.benchmark.report import plot_quality
+from llm2slm.evaluation.reports import METRICS, read_report
 
 
 def main():
@@ -27,24 +26,17 @@ def main():
 
     benchmark = json.loads(arguments.benchmark.read_text())
     seconds = {system["name"]: system["end_to_end_s"]["median"] for system in benchmark["systems"]}
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    points = []
     for place in arguments.reports:
         system, _, path = place.partition("=")
-        report = json.loads(Path(path).read_text())
-        score = report["scores"][arguments.metric]
-        interval = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
+        report = read_report(path)
         label = f"{report['system']} (at the speed of {system})"
-        axes.errorbar(seconds[system], score["score"], yerr=interval, fmt="o", capsize=4, label=label)
+        points.append((label, seconds[system], report["scores"][arguments.metric]))
     sizes = benchmark["arguments"]
-    axes.set(
-        xlabel=f"seconds for {sizes['response_length']} tokens after {sizes['prompt_length']}, end to end, "
-        f"{sizes['dtype']}",
-        ylabel=f"{METRICS[arguments.metric]}, 95% interval",
-        xlim=(0, None),
+    xlabel = (
+        f"seconds for {sizes['response_length']} tokens after {sizes['prompt_length']}, end to end, {sizes['dtype']}"
     )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(arguments.output, dpi=120)
+    plot_quality(points, xlabel, f"{METRICS[arguments.metric]}, 95% interval", arguments.output)
 
 
 if __name__ == "__main__":

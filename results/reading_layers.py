@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from llm2slm.data.pairs import load_pairs
 from llm2slm.loading_llm2slm import load_slm, load_tokenizer
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 PROMPT_FORMAT = "{prompt}\n"
 MAX_TOKENS = 192  # longer pairs are left out

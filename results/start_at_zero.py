@@ -20,7 +20,7 @@ from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.pairs import load_pairs
 from llm2slm.data.prompt_features import cache_prompt_features
 from llm2slm.loading_llm2slm import load_tokenizer
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 PAIRS = {"train": 3528, "validation": 512}
 

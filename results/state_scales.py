@@ -15,7 +15,7 @@ import torch
 from llm2slm.data.pairs import load_pairs
 from llm2slm.layers_llm2slm import without_head
 from llm2slm.loading_llm2slm import load_slm, load_tokenizer
-from llm2slm.training.record import machine, versions
+from llm2slm.utils import machine, versions
 
 SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 

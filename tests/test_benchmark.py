@@ -1,6 +1,5 @@
 """What is counted, predicted and measured of latencies: that figures are right, not how small they are."""
 
-import argparse
 import json
 
 import pytest
@@ -15,12 +14,12 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMConfig
-from llm2slm.benchmark import measure as benchmark
-from llm2slm.benchmark import runners as contenders
 from llm2slm.benchmark.costs import costs_of
 from llm2slm.benchmark.estimate import break_even, predict
-from llm2slm.benchmark.machine_speed import Machine
-from llm2slm.benchmark.random_models import SHAPES, load_config
+from llm2slm.benchmark.machine_speed import MachineSpeed
+from llm2slm.benchmark.measure import TokenTimes
+from llm2slm.benchmark.random_models import SIZES, load_config
+from llm2slm.benchmark.runners import Workload, load_runners
 from llm2slm.cli import main as cli
 
 QUICK = ["--prompt-length", "4", "--response-length", "5", "--repeats", "2", "--device", "cpu", "--threads", "1"]
@@ -42,10 +41,10 @@ def restored_threads():
 
 
 @pytest.fixture
-def tiny_shapes(monkeypatch):
-    monkeypatch.setitem(SHAPES, "tiny-llm", ("llama", LLAMA))
-    monkeypatch.setitem(SHAPES, "tiny-slm", ("llama", {**LLAMA, "num_hidden_layers": 1}))
-    monkeypatch.setitem(SHAPES, "tiny-t5", ("t5", {**T5, "decoder_start_token_id": 0}))
+def tiny_sizes(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny-llm", ("llama", LLAMA))
+    monkeypatch.setitem(SIZES, "tiny-slm", ("llama", {**LLAMA, "num_hidden_layers": 1}))
+    monkeypatch.setitem(SIZES, "tiny-t5", ("t5", {**T5, "decoder_start_token_id": 0}))
 
 
 # -------------------------------------------------------------------------------------------------------------- costs
@@ -112,13 +111,13 @@ def test_shapes_have_the_size_of_what_they_are_named_after(name, millions):
 # --------------------------------------------------------------------------------------------------------- prediction
 def test_a_prediction_adds_work_and_overheads_and_overlaps_them_on_a_gpu():
     costs = costs_of(LlamaConfig(**LLAMA))
-    cpu = Machine(bandwidth=1e9, flops=1e12, layer_s=1e-3, token_s=5e-3, overlaps=False)
+    cpu = MachineSpeed(bandwidth=1e9, flops=1e12, layer_s=1e-3, token_s=5e-3, overlaps=False)
     figures = predict(costs, cpu, (4, 3), batch_size=1, bytes_per_number=4)
     limit_ms = 1e3 * costs.token_bytes(5, 1, 4) / 1e9
     assert figures["token_limit_ms"] == pytest.approx(limit_ms)
     assert figures["per_token_ms"] == pytest.approx(limit_ms + 3 * 1 + 5)
     assert figures["end_to_end_s"] == pytest.approx((figures["first_token_ms"] + 2 * figures["per_token_ms"]) / 1e3)
-    gpu = Machine(bandwidth=1e9, flops=1e12, layer_s=1e-3, token_s=5e-3, overlaps=True)
+    gpu = MachineSpeed(bandwidth=1e9, flops=1e12, layer_s=1e-3, token_s=5e-3, overlaps=True)
     assert predict(costs, gpu, (4, 3), 1, 4)["per_token_ms"] == pytest.approx(8)
 
 
@@ -136,7 +135,7 @@ def test_break_even_is_the_first_length_that_ends_earlier(ours, other, length):
         assert end(ours, length) < end(other, length) and end(ours, length - 1) >= end(other, length - 1)
 
 
-def test_estimate_predicts_from_configurations_alone(tiny_shapes, tmp_path, capsys):
+def test_estimate_predicts_from_configurations_alone(tiny_sizes, tmp_path, capsys):
     output = tmp_path / "estimate.json"
     argv = ["--llm", "tiny-llm", "--slm", "tiny-slm", "--llm-layer", "1", "2", "--device", "cpu", "--threads", "1"]
     assert cli.main(["estimate", *argv, "--output", str(output)]) is None
@@ -154,7 +153,7 @@ def test_estimate_of_a_model_that_is_not_there_is_one_line(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmark
-def test_benchmark_reports_every_figure_and_draws_it(tiny_shapes, tmp_path, capsys):
+def test_benchmark_reports_every_figure_and_draws_it(tiny_sizes, tmp_path, capsys):
     output, plot = tmp_path / "report.json", tmp_path / "latency.png"
     argv = ["benchmark", "--llm", "tiny-llm", "--slm", "tiny-slm", "--batch-size", "2", *QUICK]
     names = ["slm", "llm2slm", "beams", "fast_beams", "reuse", "llm"]
@@ -180,7 +179,7 @@ def test_benchmark_reports_every_figure_and_draws_it(tiny_shapes, tmp_path, caps
     assert "| llm2slm |" in capsys.readouterr().out
 
 
-def test_lossless_and_assisted_write_what_the_llm_writes(tiny_shapes, tmp_path, capsys):
+def test_lossless_and_assisted_write_what_the_llm_writes(tiny_sizes, tmp_path, capsys):
     argv = ["benchmark", "--llm", "tiny-llm", "--slm", "tiny-slm", "--assistant", "tiny-slm", *QUICK]
     output = tmp_path / "report.json"
     assert cli.main([*argv, "--systems", "llm", "lossless", "assisted", "--output", str(output)]) is None
@@ -190,22 +189,21 @@ def test_lossless_and_assisted_write_what_the_llm_writes(tiny_shapes, tmp_path, 
 
 
 @pytest.mark.parametrize("pair", [("tiny-llm", "tiny-slm"), ("tiny-t5", "tiny-slm"), ("tiny-llm", "tiny-t5")])
-def test_every_contender_announces_each_token_it_writes(pair, tiny_shapes):
+def test_every_system_announces_each_token_it_writes(pair, tiny_sizes):
     systems = ["slm", "llm2slm", "llm", "reuse"]
     if "tiny-t5" not in pair:
         systems.append("lossless")
-    args = argparse.Namespace(
-        model=None, llm=pair[0], slm=pair[1], revision=None, dtype="float32", device="cpu", assistant=None,
-        gguf=None, systems=systems, prompt_length=6, response_length=5, batch_size=1,
-    )  # fmt: skip
-    for contender in contenders.load_contenders(args):
-        clock = benchmark.Clock()
+    work = Workload(
+        prompt_length=6, response_length=5, batch_size=1, num_beams=1, dtype="float32", device=torch.device("cpu")
+    )
+    for runner in load_runners(systems, work, None, *pair, revision=None, assistant=None, gguf=None):
+        tokens = TokenTimes()
         # An encoder-decoder's start token is counted, and a decoder-only model announces its prompt first.
-        assert contender.generate(5, clock) - 5 in (0, 1)
-        assert len(clock.times) - 5 in (0, 1)
+        assert runner.generate(5, tokens) - 5 in (0, 1)
+        assert len(tokens.times) - 5 in (0, 1)
 
 
-def test_benchmark_of_a_t5_pair(tiny_shapes, capsys):
+def test_benchmark_of_a_t5_pair(tiny_sizes, capsys):
     argv = ["benchmark", "--llm", "tiny-t5", "--slm", "tiny-t5", *QUICK]
     assert cli.main(argv) is None
     assert "| llm |" in capsys.readouterr().out
@@ -225,7 +223,7 @@ def test_benchmark_of_saved_models_draws_quality_against_speed(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_ctranslate2_is_given_is_the_llm(tiny_shapes, tmp_path):
+def test_what_ctranslate2_is_given_is_the_llm(tiny_sizes, tmp_path):
     pytest.importorskip("ctranslate2", reason="an optional extra: pip install ctranslate2")
     argv = ["benchmark", "--llm", "tiny-t5", "--slm", "tiny-t5", "--systems", "llm", "ctranslate2", *QUICK]
     output = tmp_path / "report.json"

@@ -1,6 +1,9 @@
 """Every command end to end on a tiny checkpoint, its help, and one line for each kind of bad input."""
 
 import argparse
+import dataclasses
+import importlib
+import inspect
 import io
 import json
 import os
@@ -8,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,10 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import llm2slm
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.benchmark import measure as benchmark
+from llm2slm.benchmark.random_models import SIZES
 from llm2slm.cli import generate
 from llm2slm.cli import main as cli
+from llm2slm.cli.options import option, read_recipe
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
@@ -120,8 +127,11 @@ def test_help_of_each_command(command, capsys):
     assert f"usage: llm2slm {command}" in output and "--config" in output
 
 
-# The options of `train` are those of Transformers' Trainer, too.
-QUICK_HELP = [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in cli.COMMANDS if name != "train")]
+QUICK_HELP = [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
+
+
+def run_fresh(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("argv", QUICK_HELP, ids=" ".join)
@@ -129,29 +139,49 @@ def test_help_needs_neither_torch_nor_transformers(argv):
     # As the installed script does.
     code = f"""
 import sys
-sys.argv = ["/somewhere/bin/llm2slm", *{argv!r}]
-from llm2slm.cli.main import main
+from llm2slm_command import main
+sys.argv = ["llm2slm", *{argv!r}]
 try:
     main()
 finally:
     assert not {{"torch", "transformers"}} & set(sys.modules)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_fresh(code)
     assert result.returncode == 0, result.stderr
     assert "llm2slm" in result.stdout
 
 
-@pytest.mark.parametrize("argv", [["script.py", "--help"], ["/somewhere/bin/llm2slm", "generate"]], ids=" ".join)
-def test_everywhere_else_importing_the_package_registers_the_auto_classes(argv):
+@pytest.mark.parametrize("first", ["import llm2slm", "from llm2slm.data import pairs", "import transformers, llm2slm"])
+def test_everywhere_else_importing_the_package_registers_the_auto_classes(first):
+    # Whatever the process was called with.
     code = f"""
 import sys
-sys.argv = {argv!r}
-import llm2slm
+sys.argv = ["/somewhere/bin/llm2slm", "--help"]
+{first}
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
+import llm2slm
 assert AutoConfig.for_model("llm2slm").model_type == "llm2slm"
 assert llm2slm.LLM2SLMConfig in AutoModelForSeq2SeqLM._model_mapping
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_fresh(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_are_found_when_they_are_used():
+    assert set(llm2slm.__all__) <= set(dir(llm2slm))
+    assert all(getattr(llm2slm, name).__name__ == name for name in llm2slm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LLM3SLM'"):
+        _ = llm2slm.LLM3SLM
+
+
+def test_loading_and_generating_do_without_the_packages_of_training():
+    code = """
+import sys
+sys.modules["datasets"] = None
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+import llm2slm.language_models, llm2slm.building
+"""
+    result = run_fresh(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -215,28 +245,110 @@ def test_unknown_option_in_a_recipe_is_named_with_the_nearest(name, nearest, tmp
     assert_one_line_error(capsys, ["generate", "--config", str(recipe)], message)
 
 
-def recipe_values(text, tmp_path) -> dict:
-    """What a recipe for a command with every kind of option gives it."""
-    seen = {}
+@dataclass
+class EveryKind:
+    """Options of every kind."""
 
-    def make_parser(parser):
-        parser.add_argument("--some_rate", "--some-rate", type=float, default=1.0)
-        parser.add_argument("--layers", nargs="+", type=int)
-        parser.add_argument("--strategy", choices=["no", "steps"], default="steps")
-        parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction)
-        parser.add_argument("--quiet", action="store_true")
-        parser.add_argument("--bf16", nargs="?", const=True, type=lambda text: text == "yes")
-        parser.add_argument("--more", type=json.loads)
-        parser.add_argument("--text", default="default")
+    some_rate: float = option("a number", 1.0)
+    layers: list[int] | None = option("several", None)
+    strategy: Literal["no", "steps"] = option("a choice", "steps")
+    shuffle: bool | None = option("on, off or neither", None)
+    quiet: bool = option("off unless asked for", False)
+    bf16: bool = option("on unless asked not to", True)
+    size: int = option("a size", 1, at_least=1)
+    text: str = option("a text, 100% as it is", "default")
 
-    module = types.ModuleType("llm2slm.kinds")
-    module.make_parser, module.run = make_parser, lambda args: seen.update(vars(args))
+
+def options_given(monkeypatch, *argv: str) -> EveryKind:
+    """What a command with every kind of option gets."""
+    seen = []
+    add_command(monkeypatch, "kinds", EveryKind, seen.append)
+    assert cli.main(["kinds", *argv]) is None
+    return seen[0]
+
+
+def add_command(monkeypatch, name: str, options: type, run) -> None:
+    module = types.ModuleType(f"llm2slm.cli.{name}")
+    module.Options, module.run = options, run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, name, "do something")
+
+
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        ([], "some_rate", 1.0),
+        (["--some-rate", "2"], "some_rate", 2.0),
+        (["--some_rate=2"], "some_rate", 2.0),
+        (["--layers", "1", "-2"], "layers", [1, -2]),
+        (["--strategy", "no"], "strategy", "no"),
+        ([], "shuffle", None),
+        (["--shuffle"], "shuffle", True),
+        (["--no-shuffle"], "shuffle", False),
+        (["--quiet"], "quiet", True),
+        (["--quiet", "no"], "quiet", False),
+        (["--no_bf16"], "bf16", False),
+        (["--text=a_b=c_d"], "text", "a_b=c_d"),
+    ],
+)
+def test_options_are_those_of_the_dataclass(argv, name, value, monkeypatch):
+    assert getattr(options_given(monkeypatch, *argv), name) == value
+
+
+def test_help_shows_each_option_once_with_its_default(monkeypatch, capsys):
+    add_command(monkeypatch, "kinds", EveryKind, print)
+    with pytest.raises(SystemExit):
+        cli.main(["kinds", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--some-rate X a number (default: 1.0)" in text and "--some_rate" not in text
+    assert "a text, 100% as it is (default: default)" in text
+    assert "--strategy {no,steps} a choice (default: steps)" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--size", "0"], "must be a whole number from 1, got '0'"),
+        (["--quiet", "maybe"], "must be yes or no, got 'maybe'"),
+        (["--strategy", "x"], "invalid choice: 'x'"),
+    ],
+)
+def test_a_bad_value_is_named(argv, message, monkeypatch, capsys):
+    add_command(monkeypatch, "kinds", EveryKind, print)
+    with pytest.raises(SystemExit):
+        cli.main(["kinds", *argv])
+    assert message in capsys.readouterr().err
+
+
+FUNCTIONS = {
+    "evaluate": ("llm2slm.evaluation.run", "evaluate"),
+    "label": ("llm2slm.evaluation.labelling", "label"),
+    "estimate": ("llm2slm.benchmark.estimate", "estimate"),
+    "benchmark": ("llm2slm.benchmark.measure", "benchmark"),
+    "card": ("llm2slm.sharing.card", "write_card"),
+    "push": ("llm2slm.sharing.upload", "push"),
+}
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_a_command_has_the_arguments_and_defaults_of_its_function(command):
+    module, name = FUNCTIONS[command]
+    arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    fields = {f.name: f for f in dataclasses.fields(importlib.import_module(f"llm2slm.cli.{command}").Options)}
+    assert set(fields) - {"compare"} == set(arguments)
+    for name, argument in arguments.items():
+        default = fields[name].default
+        if fields[name].default_factory is not dataclasses.MISSING:
+            default = tuple(fields[name].default_factory())
+        if argument.default is not inspect.Parameter.empty:
+            assert default == argument.default, name
+        elif command != "evaluate":  # whose --compare goes without them
+            assert default is dataclasses.MISSING, name
+
+
+def recipe_value(text, name, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "llm2slm.kinds", module)
-        patch.setitem(cli.COMMANDS, "kinds", "all kinds")
-        assert cli.main(["kinds", "--config", str(tmp_path / "recipe.yaml")]) is None
-    return seen
+    return getattr(options_given(monkeypatch, "--config", str(tmp_path / "recipe.yaml")), name)
 
 
 @pytest.mark.parametrize(
@@ -252,14 +364,21 @@ def recipe_values(text, tmp_path) -> dict:
         ("quiet: false", "quiet", False),
         ("bf16: true", "bf16", True),
         ("bf16: false", "bf16", False),
-        ("more: {a: 1, b: [x]}", "more", {"a": 1, "b": ["x"]}),
         ('text: "{prompt}\\n"', "text", "{prompt}\n"),
         ("text: null", "text", "default"),
         ('text: "--quiet"', "text", "--quiet"),
     ],
 )
-def test_recipes_have_types(text, name, value, tmp_path):
-    assert recipe_values(text, tmp_path)[name] == value
+def test_recipes_have_types(text, name, value, tmp_path, monkeypatch):
+    assert recipe_value(text, name, tmp_path, monkeypatch) == value
+
+
+def test_a_recipe_holds_objects_for_options_that_take_json(tmp_path):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--more", type=json.loads)
+    (tmp_path / "recipe.yaml").write_text("more: {a: 1, b: [x]}")
+    arguments = read_recipe(str(tmp_path / "recipe.yaml"), "kinds", parser)
+    assert parser.parse_args(arguments).more == {"a": 1, "b": ["x"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- generate
@@ -481,7 +600,7 @@ def test_benchmark_reports_every_figure(checkpoint, tmp_path, capsys, restored_t
 
 def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys):
     tiny = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    monkeypatch.setitem(benchmark.SHAPES, "tiny", ("llama", {**tiny, "num_attention_heads": 2}))
+    monkeypatch.setitem(SIZES, "tiny", ("llama", {**tiny, "num_attention_heads": 2}))
     argv = ["benchmark", "--llm", checkpoints["llm"], "--slm", "tiny", "--dtype", "bfloat16", *QUICK]
     assert cli.main([*argv, "--systems", "llm2slm", "slm"]) is None
     output = capsys.readouterr().out
@@ -507,7 +626,10 @@ def test_checkpoint_that_holds_its_llm_is_measured_without_the_llm_alone(checkpo
         (["--llm", "t5-large"], "Say what to measure"),
         (["--model", "x", "--slm", "t5-small"], "leave out --slm"),
         (["--llm", "llama-5m", "--slm", "llama-5m", "--response-length", "1"], "at least 2"),
-        (["--llm", "llama-5m", "--slm", "llama-5m", "--response-length", "4000"], "4064 positions, but slm has 2048"),
+        (
+            ["--llm", "llama-5m", "--slm", "llama-5m", "--response-length", "4000"],
+            "slm: --prompt-length 64 with --response-length 4000 needs 4064 positions, but the model (llama) has 2048",
+        ),
         (["--llm", "./none", "--slm", "llama-5m"], "./none"),
     ],
 )
@@ -516,10 +638,10 @@ def test_bad_benchmark_options_are_one_line(argv, message, capsys):
 
 
 def test_command_can_be_added_by_a_module_and_a_line(monkeypatch, capsys):
-    module = types.ModuleType("llm2slm.hello")
-    module.make_parser = lambda parser: parser.add_argument("--name")
-    module.run = lambda args: print(f"hello {args.name}")
-    monkeypatch.setitem(sys.modules, "llm2slm.hello", module)
-    monkeypatch.setitem(cli.COMMANDS, "hello", "say hello")
+    @dataclass
+    class Hello:
+        name: str = option("whom to greet")
+
+    add_command(monkeypatch, "hello", Hello, lambda options: print(f"hello {options.name}"))
     assert cli.main(["hello", "--name", "you"]) is None
     assert capsys.readouterr().out == "hello you\n"

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.cli import main as cli
 from llm2slm.data.collator import DataCollatorForLLM2SLM
-from llm2slm.data.pairs import fingerprint, load_pairs
+from llm2slm.data.pairs import hash_texts, load_pairs
 from llm2slm.evaluation.shuffled_states import shuffle_among_like, states_of_others
-from llm2slm.language_models import few_shot_prompts, load_system
+from llm2slm.language_models import few_shot_prompts, load_model
 from llm2slm.loading_llm2slm import load_slm
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
@@ -151,7 +150,7 @@ def test_report_of_each_kind_of_model(kind, folders, data, tmp_path, capsys):
     assert len(set(responses)) > 1  # a model that always writes the same would prove little
     assert report["loss"] == pytest.approx(expected_loss(kind, folders), rel=1e-4)
     assert report["system"] == kind and report["model"] == folders[kind]
-    assert report["data"]["fingerprint"] == fingerprint(load_pairs(data, "test"))
+    assert report["data"]["fingerprint"] == hash_texts(load_pairs(data, "test"))
     assert (report["data"]["source"], report["data"]["split"], report["data"]["examples"]) == (data, "test", 6)
     assert list(report["scores"]) == ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
     for score in report["scores"].values():
@@ -211,8 +210,7 @@ def test_an_adapters_base_is_where_the_options_or_the_training_say(folders, data
 
 
 def test_an_adapters_frozen_head_multiplies_all_rows_at_once(folders):
-    args = Namespace(model=folders["adapter"], llm=None, revision=None, dtype="auto", device="cpu")
-    model, _ = load_system(args, None)
+    model, _ = load_model(folders["adapter"], device="cpu")
     seen = []
     model.get_output_embeddings().register_forward_pre_hook(lambda head, states: seen.extend(states))
     model(input_ids=torch.arange(2, 14).view(2, 6), logits_to_keep=4)
@@ -549,8 +547,8 @@ def test_missing_and_contradictory_options_are_said(folders, data, tmp_path, cap
         ("causal", ["--split", "validation"], ["no split 'validation'", "'test'"]),
         ("causal", ["--few-shot", 1, "--few-shot-split", "dev"], ["no split 'dev'"]),
         ("causal", ["--prompt-format", "{text}"], ["no column 'text'"]),
-        ("causal", ["--max-new-tokens", 60], ["the model has 64", "--max-new-tokens"]),
-        ("llm2slm_llama", ["--max-new-tokens", 60], ["the model has 64", "--prompt-max-length"]),
+        ("causal", ["--max-new-tokens", 60], ["the model (", ") has 64", "--max-new-tokens"]),
+        ("llm2slm_llama", ["--max-new-tokens", 60], ["the SLM (llama) has 64", "--prompt-max-length"]),
     ):
         assert_one_line_error(capsys, ["--model", folders[kind], *common, *options], *fragments)
     assert not [*tmp_path.iterdir()]

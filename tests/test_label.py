@@ -10,8 +10,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from llm2slm import LLM2SLMTokenizer
-from llm2slm import language_models as systems
+from llm2slm import LLM2SLMTokenizer, language_models
 from llm2slm.cli import main as cli
 from llm2slm.data.collator import tokenize_pairs
 from llm2slm.data.pairs import load_pairs
@@ -113,8 +112,7 @@ def test_examples_are_shown_and_left_out(folders, tmp_path):
 
 def test_a_fine_tuned_llm_reads_prompts_as_it_was_trained_to(folders, data, tmp_path):
     rows = labels("--llm", folders["adapter"], "--data", data, output=tmp_path / "labelled")["train"]
-    args = {"model": folders["adapter"], "llm": None, "revision": None, "dtype": "auto", "device": "cpu"}
-    model, tokenizer = systems.load_system(label.argparse.Namespace(**args), folders["chat"])
+    model, tokenizer = language_models.load_model(folders["adapter"], device="cpu", trained_llm=folders["chat"])
     expected = [written_by(model, build_llm_tokenizer(), tokenizer(f"{text} w0")["input_ids"]) for text in PROMPTS]
     assert rows["completion"][:] == expected
     assert rows["prompt"][:] == PROMPTS  # as they were: a training's own prompt_format applies to them again
@@ -175,7 +173,7 @@ def test_the_settings_and_counts_are_recorded(folders, data, tmp_path, capsys):
 # --------------------------------------------------------------------------------------- interruptions and determinism
 def interrupt_after(monkeypatch, batches: int) -> list:
     """Ctrl-C while the next batch is written."""
-    write, done = systems.write_responses, []
+    write, done = language_models.write_responses, []
 
     def interrupted(*args):
         if len(done) == batches:
@@ -183,7 +181,7 @@ def interrupt_after(monkeypatch, batches: int) -> list:
         done.append(1)
         return write(*args)
 
-    monkeypatch.setattr(systems, "write_responses", interrupted)
+    monkeypatch.setattr(language_models, "write_responses", interrupted)
     return done
 
 

@@ -48,7 +48,7 @@ def test_readme_states_the_version_floors_of_pyproject():
 
 def test_command_is_installed_and_answers_help():
     scripts = metadata.distribution("llm-to-slm").entry_points.select(group="console_scripts", name="llm2slm")
-    assert [script.value for script in scripts] == ["llm2slm.cli.main:main"]
+    assert [script.value for script in scripts] == ["llm2slm_command:main"]
     command = Path(sysconfig.get_path("scripts")) / "llm2slm"
     result = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm2slm.data.pairs import fingerprint, format_of_text, load_pairs, recorded_source
+from llm2slm.data.pairs import format_of_text, hash_texts, load_pairs, recorded_source
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "name": {"de": f"n{i}"}} for i in range(10)]
 
@@ -62,13 +62,13 @@ def test_chats_are_kept(tmp_path):
 
 def test_the_fingerprint_depends_on_the_texts_and_nothing_else(folder, tmp_path):
     pairs = load_pairs(folder, "train")
-    assert fingerprint(pairs) == fingerprint(Dataset.from_list(pairs.to_list()))
-    assert fingerprint(pairs) != fingerprint(pairs.select(range(9)))
-    assert fingerprint(pairs) != fingerprint(pairs.select([1, 0, *range(2, 10)]))
-    assert fingerprint(pairs) != fingerprint(load_pairs(folder, "train", "{prompt}\n"))
+    assert hash_texts(pairs) == hash_texts(Dataset.from_list(pairs.to_list()))
+    assert hash_texts(pairs) != hash_texts(pairs.select(range(9)))
+    assert hash_texts(pairs) != hash_texts(pairs.select([1, 0, *range(2, 10)]))
+    assert hash_texts(pairs) != hash_texts(load_pairs(folder, "train", "{prompt}\n"))
     moved = Dataset.from_dict({"prompt": ["ab"], "completion": ["c"]})
-    assert fingerprint(moved) != fingerprint(Dataset.from_dict({"prompt": ["a"], "completion": ["bc"]}))
-    assert len(fingerprint(pairs)) == 64
+    assert hash_texts(moved) != hash_texts(Dataset.from_dict({"prompt": ["a"], "completion": ["bc"]}))
+    assert len(hash_texts(pairs)) == 64
 
 
 @pytest.mark.parametrize(

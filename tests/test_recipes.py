@@ -22,9 +22,11 @@ from transformers import (
 
 from llm2slm.building import train_tokenizer
 from llm2slm.cli import main as cli
+from llm2slm.cli import train
+from llm2slm.cli.options import add_options, with_dashes
 from llm2slm.data.pairs import load_pairs
-from llm2slm.training import run as train
-from llm2slm.training.options import TrainerOptions, TrainOptions
+from llm2slm.training.options import TrainOptions
+from llm2slm.training.trainer import TrainerOptions
 
 FOLDER = Path(__file__).parents[1] / "training" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -111,12 +113,13 @@ def files(tmp_path_factory):
 def options_of(name, **changes):
     """The options as `llm2slm train --config ...` reads them."""
     parser = argparse.ArgumentParser()
-    train.make_parser(parser)
+    add_options(parser, TrainOptions)
+    train.add_more_options(parser, help_only=False)
     argv = ["train", "--config", str(FOLDER / f"{name}.yaml"), "--output_dir", "unused", "--use_cpu", "--bf16", "no"]
     for option, value in changes.items():
         argv += [f"--{option}", str(value)]
     parser.add_argument("--config")
-    values = vars(parser.parse_args(cli._with_recipe(argv, "train", parser)[1:]))
+    values = vars(parser.parse_args(cli._with_recipe(with_dashes(argv), "train", parser)[1:]))
     return tuple(
         options(**{field.name: values[field.name] for field in dataclasses.fields(options) if field.init})
         for options in (TrainOptions, TrainerOptions)
@@ -140,7 +143,7 @@ def test_the_train_command_reads_the_recipe_for_each_arm(name, arm):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_says_its_own_command(name):
     comment = (FOLDER / f"{name}.yaml").read_text()
-    assert f"llm2slm train --config training/recipes/{name}.yaml --output_dir runs/{name}\n" in comment
+    assert f"llm2slm train --config training/recipes/{name}.yaml --output-dir runs/{name}\n" in comment
     built = re.search(r"python training/build_\w+\.py .*--output (\S+)", comment)
     assert (built and built[1]) == (read(name)["data"] if read(name)["data"].startswith("data/") else None)
     assert f"[`{name}`]({name}.yaml)" in (FOLDER / "README.md").read_text()

@@ -24,7 +24,7 @@ from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.prompt_features import cache_prompt_features
 from llm2slm.modeling_llm2slm import response_mask
-from llm2slm.training.optim import parameter_groups
+from llm2slm.training.trainer import parameter_groups
 
 TOKENIZER = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
 TRAINERS = {Seq2SeqTrainer: Seq2SeqTrainingArguments, SFTTrainer: SFTConfig}

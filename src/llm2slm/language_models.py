@@ -1,97 +1,160 @@
-"""A model of any kind as a system under evaluation: how it is loaded, reads pairs, scores responses, writes them.
+"""Language models of any kind: loading them, counting their weights, their prompts, losses and responses.
 
 The kinds: an LLM-to-SLM checkpoint, a causal language model, an encoder-decoder, and a PEFT adapter of any of these.
 All get the two-sided tokenizer, so that one collator and one way to end a response serve all of them.
 """
 
-import argparse
 import copy
 import inspect
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from . import auto  # noqa: F401  (LLM-to-SLM is one of the models that the Auto classes load)
 from .arguments_llm2slm import stop_at_strings
-from .cli.main import device, load_checkpoint
+from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .tokenization_llm2slm import LLM2SLMTokenizer
-from .training.frozen_head import read_states_in_one_piece
 
 SHOT_SEPARATOR = "\n\n"  # between the examples shown to a model without a chat template; ends its response
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
-def load_system(args: argparse.Namespace, trained_llm: str | None) -> tuple[PreTrainedModel, LLM2SLMTokenizer]:
-    r"""
-    Loads a model and its tokenizer.
+def choose_device(name: str | None = None) -> torch.device:
+    """
+    The device asked for; CUDA if none is and there is one.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a name or a device it does not have
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_checkpoint(
+    name: str, revision: str | None = None, llm: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMTokenizer]:
+    """
+    Loads an LLM-to-SLM checkpoint and its tokenizer with this package's classes. A checkpoint's own copy of the code
+    is never run, so there is nothing to trust.
 
     Args:
-        args (`argparse.Namespace`):
-            `model`, `revision`, `dtype`, `device`, and `llm`: where the frozen LLM of an LLM-to-SLM checkpoint, or the
-            base model of an adapter is, if not where they say.
+        name (`str`): A folder, or a name on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of its repository.
+        llm (`str`, *optional*): Where its LLM is, if not where it says.
+        dtype (`str`, *optional*, defaults to `"auto"`): Number format of the weights; as they are stored.
+        device (`str`, *optional*): Where it is put; see [`choose_device`].
+
+    Raises:
+        OSError: if there is no such checkpoint, or not its LLM.
+        ValueError: if it is another kind of model, or its LLM is not the one it was trained with.
+    """
+    looks_like_a_folder = name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
+    if looks_like_a_folder and not os.path.isdir(name):
+        raise OSError(f"There is no folder {name!r}.")
+    # The checkpoint's `auto_map` names code of its own; False says that the code registered here is the one to run.
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # which does not always say what it was looking for
+        raise OSError(f"There is no checkpoint {name!r}: {error}") from error
+    if config.model_type != "llm2slm":
+        raise ValueError(f"{name!r} is a {config.model_type} model, not an LLM-to-SLM checkpoint.")
+    # The tokenizer first: it is loaded in no time, and what is wrong with it shows before the models are read.
+    tokenizer = LLM2SLMTokenizer.from_pretrained(name, revision=revision)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(name, revision=revision, llm_name_or_path=llm, dtype=dtype)
+    return model.to(choose_device(device)), tokenizer
+
+
+def load_model(
+    name: str,
+    revision: str | None = None,
+    llm: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trained_llm: str | None = None,
+) -> tuple[PreTrainedModel, LLM2SLMTokenizer]:
+    r"""
+    Loads a model of any kind and its tokenizer.
+
+    Args:
+        name (`str`): A folder, a GGUF file, or a name on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of its repository.
+        llm (`str`, *optional*):
+            Where the frozen LLM of an LLM-to-SLM checkpoint, or the base model of an adapter is, if not where they
+            say.
+        dtype (`str`, *optional*, defaults to `"auto"`): Number format of the weights; as they are stored.
+        device (`str`, *optional*): Where it is put; see [`choose_device`].
         trained_llm (`str`, *optional*): What the training of an adapter called its base model.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if it is not a language model, or `args.llm` is given for one that needs no other.
+        ValueError: if it is not a language model, or `llm` is given for one that needs no other.
     """
-    model, tokenizer = _load_any(args, trained_llm)
+    model, tokenizer = _load_any(name, revision, llm, dtype, device, trained_llm)
     if model.config.model_type != "llm2slm":  # which takes padding on either side
         tokenizer.llm_tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
     return model, tokenizer
 
 
-def _load_any(args, trained_llm):
-    _check_folder(args.model)
-    folder, gguf_file = split_gguf(args.model, None)
-    if gguf_file is None and find_adapter_config_file(folder, revision=args.revision) is not None:
-        return _load_adapter(args, trained_llm)
-    if _model_type(args.model, args.revision) == "llm2slm":
-        return load_checkpoint(args)
-    if args.llm is not None:
-        raise ValueError(f"{args.model!r} needs no other model: --llm is for LLM-to-SLM checkpoints and adapters.")
-    return _load_language_model(args.model, args), _load_tokenizer(args.model, args.revision)
+def _load_any(name, revision, llm, dtype, device, trained_llm):
+    _check_folder(name)
+    folder, gguf_file = split_gguf(name, None)
+    if gguf_file is None and find_adapter_config_file(folder, revision=revision) is not None:
+        return _load_adapter(name, revision, llm, dtype, device, trained_llm)
+    if _model_type(name, revision) == "llm2slm":
+        return load_checkpoint(name, revision, llm, dtype, device)
+    if llm is not None:
+        raise ValueError(f"{name!r} needs no other model: --llm is for LLM-to-SLM checkpoints and adapters.")
+    return _load_language_model(name, revision, dtype, device), _load_both_sides(name, revision)
 
 
-def _load_adapter(args, trained_llm):
+def _load_adapter(name, revision, llm, dtype, device, trained_llm):
     from peft import PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(args.model, revision=args.revision).base_model_name_or_path
-    base_args = copy.copy(args)
-    base_args.revision = None
-    has_tokenizer = not os.path.isdir(args.model) or os.path.exists(os.path.join(args.model, "tokenizer_config.json"))
+    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    has_tokenizer = not os.path.isdir(name) or os.path.exists(os.path.join(name, "tokenizer_config.json"))
     try:
         is_llm2slm = base is not None and _model_type(base, None) == "llm2slm"
     except OSError:  # not there any more: --llm or the training may say where it is
         is_llm2slm = False
     if is_llm2slm:
-        base_args.model = base
-        model, tokenizer = load_checkpoint(base_args)
+        model, tokenizer = load_checkpoint(base, None, llm, dtype, device)
         if has_tokenizer:
-            tokenizer = LLM2SLMTokenizer.from_pretrained(args.model, revision=args.revision)
+            tokenizer = LLM2SLMTokenizer.from_pretrained(name, revision=revision)
     else:
-        base = args.llm or trained_llm or base
+        base = llm or trained_llm or base
         if base is None:
-            raise ValueError(f"The adapter {args.model!r} does not name its base model: say where it is with --llm.")
-        tokenizer = _load_tokenizer(args.model, args.revision) if has_tokenizer else _load_tokenizer(base, None)
-        model = _load_language_model(base, base_args)
+            raise ValueError(f"The adapter {name!r} does not name its base model: say where it is with --llm.")
+        tokenizer = _load_both_sides(name, revision) if has_tokenizer else _load_both_sides(base, None)
+        model = _load_language_model(base, None, dtype, device)
     # Merged, as one would deploy it: without the adapter's own matrix products in each step.
-    merged = PeftModel.from_pretrained(model, args.model, revision=args.revision).merge_and_unload().eval()
+    merged = PeftModel.from_pretrained(model, name, revision=revision).merge_and_unload().eval()
     read_states_in_one_piece(merged)  # PEFT leaves all but the adapter frozen
     return merged, tokenizer
 
 
-def _load_language_model(name, args):
-    _model_type(name, args.revision)  # a model that is not there, said plainly
-    model = load_slm(name, revision=args.revision, dtype=args.dtype, trust_remote_code=False)
-    return model.to(device(args)).eval()
+def _load_language_model(name, revision, dtype, device):
+    _model_type(name, revision)  # a model that is not there, said plainly
+    model = load_slm(name, revision=revision, dtype=dtype, trust_remote_code=False)
+    return model.to(choose_device(device)).eval()
 
 
-def _load_tokenizer(name, revision):
+def gguf_argument(gguf_file: str | None) -> dict[str, str]:
+    """The argument `gguf_file` of `from_pretrained`, if there is such a file."""
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+def _load_both_sides(name, revision):
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=False)
     return LLM2SLMTokenizer.from_tokenizers(tokenizer, tokenizer)
 
@@ -111,6 +174,31 @@ def _check_folder(name):
     looks_like_a_folder = name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
     if looks_like_a_folder and not os.path.exists(name):
         raise OSError(f"There is no folder {name!r}.")
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+def whole_model(config: LLM2SLMConfig) -> LLM2SLMForConditionalGeneration:
+    """An LLM-to-SLM model without values, to count its weights by: with the LLM, which a slim checkpoint lacks."""
+    config = copy.deepcopy(config)
+    config.include_llm = True
+    with torch.device("meta"):
+        return LLM2SLMForConditionalGeneration(config)
+
+
+def read_states_in_one_piece(model: PreTrainedModel) -> None:
+    """
+    Lets the model's head, if it has one, copy the states that it gets into one piece. Those of the responses, or of
+    the last position alone, are a slice, which `torch.matmul` multiplies row by row of the batch with copies of a
+    frozen weight (PyTorch 2.13, https://github.com/pytorch/pytorch/pull/166891): on a CPU up to hundreds of times
+    slower.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_make_contiguous)
+
+
+def _make_contiguous(head, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(states.contiguous() for states in inputs)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -143,22 +231,52 @@ def few_shot_prompts(prompts: list[str], shots: list[dict[str, str]], instructio
     return [[*turns, user(prompt)] for prompt in prompts]
 
 
-def check_positions(model, rows: list[dict], max_new_tokens: int) -> None:
+class TooLong(NamedTuple):
+    """A prompt and a response that need more positions than `part` of a model has."""
+
+    part: str
+    needed: int
+    limit: int
+
+
+def find_too_long(config, lengths: Iterable[tuple[int, int]]) -> list[TooLong]:
+    r"""
+    Those of some prompts and responses that do not fit the positions of a model: of what writes and, for LLM-to-SLM,
+    of its LLM.
+
+    Args:
+        config (`PretrainedConfig`): The model's.
+        lengths (`Iterable[tuple[int, int]]`): Tokens of each prompt and of its response.
     """
-    Checks that each prompt, with the reference and with `max_new_tokens`, fits the positions of what writes.
+    is_llm2slm = config.model_type == "llm2slm"
+    writer = config.slm_config if is_llm2slm else config
+    writers_name = f"the {'SLM' if is_llm2slm else 'model'} ({writer.model_type})"
+    found = []
+    for prompt, response in lengths:
+        written = max(prompt, response) if writer.is_encoder_decoder else prompt + response
+        needed = [(writers_name, written, max_positions(writer.get_text_config()))]
+        if is_llm2slm:
+            llm = config.llm_text_config
+            needed.insert(0, (f"the LLM ({llm.model_type})", prompt, max_positions(llm)))
+        beyond = [TooLong(part, size, limit) for part, size, limit in needed if limit is not None and size > limit]
+        found += beyond[:1]
+    return found
+
+
+def check_positions(config, lengths: Iterable[tuple[int, int]], what: str, remedy: str) -> None:
+    """
+    Checks that prompts and responses fit the positions of a model, as [`find_too_long`] finds them.
+
+    Args:
+        what (`str`): What the error calls the longest.
+        remedy (`str`): What to do about it.
 
     Raises:
         ValueError: if one does not.
     """
-    config = model.config.slm_config if model.config.model_type == "llm2slm" else model.config
-    positions = max_positions(config.get_text_config())
-    lengths = [(len(row["input_ids"]), max(len(row["labels"]), max_new_tokens)) for row in rows]
-    longest = max(max(pair) if config.is_encoder_decoder else sum(pair) for pair in lengths)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"The longest prompt and its response need {longest} positions, but the model has {positions}: lower "
-            "--prompt-max-length, which cuts prompts, or --max-new-tokens."
-        )
+    if found := find_too_long(config, lengths):
+        part, needed, limit = max(found, key=lambda one: one.needed)
+        raise ValueError(f"{what} needs {needed} positions, but {part} has {limit}: {remedy}.")
 
 
 # -------------------------------------------------------------------------------------------------- loss and responses

@@ -1,12 +1,23 @@
-"""Users' text files, this machine and this process; the standard library alone, so that `--help` stays quick."""
+"""Users' text files, files that are whole or absent, JSON, the versions in use, and this machine.
 
+At import it needs the standard library alone, so that `--help` stays quick.
+"""
+
+import contextlib
 import ctypes
+import io
+import json
 import os
 import platform
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TextIO
+
+PACKAGES = ("llm-to-slm", "transformers", "torch", "datasets", "accelerate", "peft")  # that a result depends on
 
 
+# --------------------------------------------------------------------------------------------------------------- files
 def decode_text(content: bytes, source: str | os.PathLike) -> str:
     r"""
     A user's text as a string whose lines end in `\n`: UTF-8, with a byte order mark or without, and with the line ends
@@ -37,6 +48,109 @@ def read_text(path: str | os.PathLike) -> str:
     return decode_text(Path(path).read_bytes(), path)
 
 
+def check_new_file(path: str | os.PathLike | None) -> None:
+    """
+    Checks, before any long work, that a result can be written.
+
+    Raises:
+        OSError: if the file exists, or its folder does not.
+    """
+    if path is None:
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists; delete it or choose another name.")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(Path(path).parent)!r} to write {Path(path).name} into.")
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike, replace: bool = False) -> Iterator[TextIO]:
+    """
+    Opens `path` + ".part" to write text, and renames it to `path` at the end: what stands there is complete.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        replace (`bool`, *optional*, defaults to `False`): Whether it may take the place of one that is there.
+
+    Raises:
+        OSError: if the file exists and may not be replaced, or it cannot be written.
+    """
+    part = f"{os.fspath(path)}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        yield file
+    if not replace:
+        check_new_file(path)
+    os.replace(part, path)
+
+
+def write_json(path: str | os.PathLike, content: Any, replace: bool = False) -> None:
+    """Writes JSON as [`write_whole`] does."""
+    with write_whole(path, replace) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, *wanted: str) -> dict[str, Any]:
+    """
+    A JSON object with some fields.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is something else.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [name for name in wanted if name not in content]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a report: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not the report asked for: it lacks {', '.join(missing)}.")
+    return content
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """
+    The rows of a JSON Lines file.
+
+    Raises:
+        ValueError: if the file is not UTF-8, or a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} must be an object with columns, got {line.strip()[:40]!r}.")
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- versions and this machine
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["torch"] = str(torch.__version__)  # with its build, which an index may leave out of the package's version
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
 def cpu_model() -> str:
     """The processor's name."""
     if os.path.exists("/proc/cpuinfo"):  # Linux, where platform.processor() is empty
@@ -57,6 +171,12 @@ def resident_bytes(which: Literal["VmRSS", "VmHWM"]) -> int | None:
         return None
     line = next(line for line in status.splitlines() if line.startswith(which))
     return 1024 * int(line.split()[1])
+
+
+def peak_memory_gib() -> float | None:
+    """The most memory this process had at a time, in GiB; `None` where the system does not say."""
+    peak_bytes = resident_bytes("VmHWM")
+    return None if peak_bytes is None else round(peak_bytes / 2**30, 3)
 
 
 def reset_peak() -> bool:

@@ -6,7 +6,6 @@ activations and embedding look-ups are left out. A token's bytes are those of th
 of the keys and values in the cache: on a CPU, or at a small batch, they set the limit.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..configuration_llm2slm import LLM2SLMConfig
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..language_models import whole_model
 
 # How T5 and BART-like decoders call their attention to the encoder, and the two projections of the prompt in it.
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "cross_attn", "crossattention")
@@ -93,14 +91,6 @@ def costs_of(config: PretrainedConfig) -> Costs:
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         return _costs_of_lm(auto_class.from_config(config))
-
-
-def whole_model(config: LLM2SLMConfig) -> LLM2SLMForConditionalGeneration:
-    """An LLM-to-SLM model without values, to count its weights by: with the LLM, which a slim checkpoint lacks."""
-    config = copy.deepcopy(config)
-    config.include_llm = True
-    with torch.device("meta"):
-        return LLM2SLMForConditionalGeneration(config)
 
 
 def _costs_of_lm(model) -> Costs:

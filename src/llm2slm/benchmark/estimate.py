@@ -1,98 +1,87 @@
 """What LLM-to-SLM would gain for a pair of models on this machine, before any training and without their weights.
 
-```bash
-llm2slm estimate --llm google-t5/t5-large --slm google-t5/t5-small
-llm2slm estimate --llm smollm2-135m --slm llama-15m --prompt-length 200 --response-length 60 --dtype bfloat16
-llm2slm estimate --llm ./llm.gguf --slm ./slm --output estimate.json
-```
-
-The machine is probed for about ten seconds. A prompt phase takes as long as its floating-point operations at the
-measured rate or, if longer, reading its weights; a token as long as reading its weights and cache; each layer and each
-token has an overhead besides, which adds up on a CPU and overlaps on a GPU. `llm2slm benchmark` prints these
+The machine's speed is measured for about ten seconds. A prompt phase takes as long as its floating-point operations at
+the measured rate or, if longer, reading its weights; a token as long as reading its weights and cache; each layer and
+each token has an overhead besides, which adds up on a CPU and overlaps on a GPU. `llm2slm benchmark` prints these
 predictions beside what it measures.
 """
 
-import argparse
 import dataclasses
-import json
 import math
-import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from ..cli.main import check_new_file, device, main, positive_int, write_aside
-from .random_models import SHAPES, load_config
+import torch
 
-if TYPE_CHECKING:  # torch and transformers are imported when it runs: `--help` is quick
-    from .costs import Costs
-    from .machine_speed import Machine
-
-
-def make_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `llm2slm estimate`."""
-    for name in ("llm", "slm"):
-        parser.add_argument(
-            f"--{name}",
-            required=True,
-            metavar="NAME",
-            help=f"the {name.upper()}: name on the Hub or folder, of which the configuration is read, or sizes: "
-            + ", ".join(SHAPES),
-        )
-    parser.add_argument("--llm-layer", type=int, nargs="+", default=[-1], help="layers read (default: the last)")
-    parser.add_argument("--prompt-length", type=positive_int, default=64, help="tokens (default: %(default)s)")
-    parser.add_argument("--response-length", type=positive_int, default=128, help="tokens (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=1, help="prompts at a time (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads of torch (default: torch's own choice)")
-    parser.add_argument("--output", metavar="FILE", help="new .json file: what was counted, probed and predicted")
+from ..configuration_llm2slm import LLM2SLMConfig
+from ..language_models import choose_device
+from ..utils import check_new_file, write_json
+from .costs import Costs, costs_of
+from .machine_speed import MachineSpeed, measure_machine_speed
+from .random_models import load_config
 
 
-def run(args: argparse.Namespace) -> None:
-    """
-    Probes the machine, predicts, and prints a Markdown table.
+def estimate(
+    llm: str,
+    slm: str,
+    llm_layer: Sequence[int] = (-1,),
+    prompt_length: int = 64,
+    response_length: int = 128,
+    batch_size: int = 1,
+    dtype: str = "float32",
+    device: str | None = None,
+    threads: int | None = None,
+    output: str | None = None,
+) -> dict[str, Any]:
+    r"""
+    Measures the machine's speed, and predicts.
+
+    Args:
+        llm, slm (`str`):
+            Names on the Hub or folders, of which the configurations are read, or names of
+            [`~llm2slm.benchmark.random_models.SIZES`].
+        llm_layer (`Sequence[int]`, *optional*): The layers that are read; the last one if omitted.
+        prompt_length, response_length (`int`, *optional*, default to 64 and 128): In tokens.
+        batch_size (`int`, *optional*, defaults to 1): Prompts at a time.
+        dtype (`str`, *optional*, defaults to `"float32"`): Number format of the weights.
+        device (`str`, *optional*): Where they would be; see [`~llm2slm.language_models.choose_device`].
+        threads (`int`, *optional*): CPU threads of torch; its own choice if omitted.
+        output (`str`, *optional*): New `.json` file for the report.
+
+    Returns:
+        `dict[str, Any]`: what was counted, measured and predicted.
 
     Raises:
         OSError: if a configuration is missing, or the output exists.
         ValueError: if a layer is not one of the LLM's.
     """
-    import torch
-
-    from ..configuration_llm2slm import LLM2SLMConfig
-    from .costs import costs_of
-    from .machine_speed import probe
-
-    check_new_file(args.output)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    llm, slm = load_config(args.llm), load_config(args.slm)
-    layer = args.llm_layer if len(args.llm_layer) > 1 else args.llm_layer[0]
-    pair = LLM2SLMConfig.from_sub_configs(llm, slm, llm_layer=layer)
-    costs = {"llm": costs_of(llm), "slm": costs_of(slm), "llm2slm": costs_of(pair)}
-    machine = probe(
-        args.batch_size * args.prompt_length,
-        getattr(torch, args.dtype),
-        device(args),
-        encoder_decoder=costs["llm"].encoder_decoder,
+    arguments = dict(locals())
+    check_new_file(output)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    llm_config, slm_config = load_config(llm), load_config(slm)
+    layer = list(llm_layer) if len(llm_layer) > 1 else llm_layer[0]
+    pair = LLM2SLMConfig.from_sub_configs(llm_config, slm_config, llm_layer=layer)
+    costs = {"llm": costs_of(llm_config), "slm": costs_of(slm_config), "llm2slm": costs_of(pair)}
+    number_format = getattr(torch, dtype)
+    speed = measure_machine_speed(
+        batch_size * prompt_length, number_format, choose_device(device), costs["llm"].encoder_decoder
     )
-    report = make_report(args, costs, machine, getattr(torch, args.dtype).itemsize)
-    print(to_markdown(report))
-    if args.output:
-        with write_aside(args.output) as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
+    report = make_report(arguments, costs, speed, number_format.itemsize)
+    if output:
+        write_json(output, report)
+    return report
 
 
 def predict(
-    costs: "Costs", machine: "Machine", lengths: tuple[int, int], batch_size: int, bytes_per_number: float
+    costs: Costs, speed: MachineSpeed, lengths: tuple[int, int], batch_size: int, bytes_per_number: float
 ) -> dict[str, float]:
     r"""
     Predicts the latencies of a system.
 
     Args:
         costs ([`~llm2slm.benchmark.costs.Costs`]): What the system computes and reads.
-        machine ([`~llm2slm.benchmark.machine_speed.Machine`]): What it runs on.
+        speed ([`~llm2slm.benchmark.machine_speed.MachineSpeed`]): Of what it runs on.
         lengths (`tuple[int, int]`): Tokens of prompt and response.
         batch_size (`int`): Prompts at a time.
         bytes_per_number (`float`): Of a weight, and of a number in the cache.
@@ -104,17 +93,17 @@ def predict(
     """
     prompt_length, response_length = lengths
     context = prompt_length + response_length // 2  # a token's, on the average
-    first = machine.token_s
+    first = speed.token_s
     for stage in [*costs.prompt, costs.head]:
         positions = 1 if stage is costs.head else prompt_length
-        compute = batch_size * stage.flops(positions, prompt_length) / machine.flops
-        read = stage.weights * bytes_per_number / machine.bandwidth
-        first += _together(machine, max(compute, read), stage.layers * machine.layer_s)
+        compute = batch_size * stage.flops(positions, prompt_length) / speed.flops
+        read = stage.weights * bytes_per_number / speed.bandwidth
+        first += _together(speed, max(compute, read), stage.layers * speed.layer_s)
     token_bytes = costs.token_bytes(context, batch_size, bytes_per_number)
-    limit = token_bytes / machine.bandwidth
+    limit = token_bytes / speed.bandwidth
     if batch_size > 1:  # one row is a matrix-vector product, whose rate is the bandwidth's
-        limit = max(limit, costs.token_flops(context, batch_size) / machine.flops)
-    token = _together(machine, limit, costs.token.layers * machine.layer_s + machine.token_s)
+        limit = max(limit, costs.token_flops(context, batch_size) / speed.flops)
+    token = _together(speed, limit, costs.token.layers * speed.layer_s + speed.token_s)
     return {
         "first_token_ms": 1e3 * first,
         "per_token_ms": 1e3 * token,
@@ -126,8 +115,8 @@ def predict(
     }
 
 
-def _together(machine: "Machine", work: float, overhead: float) -> float:
-    return max(work, overhead) if machine.overlaps else work + overhead
+def _together(speed: MachineSpeed, work: float, overhead: float) -> float:
+    return max(work, overhead) if speed.overlaps else work + overhead
 
 
 def break_even(ours: dict[str, float], other: dict[str, float]) -> int | None:
@@ -139,16 +128,18 @@ def break_even(ours: dict[str, float], other: dict[str, float]) -> int | None:
     return None if gain <= 0 else math.floor(start / gain) + 2
 
 
-def make_report(args, costs: "dict[str, Costs]", machine: "Machine", bytes_per_number: float) -> dict[str, Any]:
-    """What was counted, probed and predicted, as plain data."""
-    lengths = (args.prompt_length, args.response_length)
+def make_report(
+    arguments: dict[str, Any], costs: dict[str, Costs], speed: MachineSpeed, bytes_per_number: float
+) -> dict[str, Any]:
+    """What was counted, measured and predicted, as plain data."""
+    lengths = (arguments["prompt_length"], arguments["response_length"])
     predictions = {
-        name: predict(part, machine, lengths, args.batch_size, bytes_per_number) for name, part in costs.items()
+        name: predict(part, speed, lengths, arguments["batch_size"], bytes_per_number) for name, part in costs.items()
     }
     ours, llm = predictions["llm2slm"], predictions["llm"]
     return {
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("command", "traceback")},
-        "machine": dataclasses.asdict(machine),
+        "arguments": arguments,
+        "machine": dataclasses.asdict(speed),
         "systems": {name: {"parameters": costs[name].parameters, **predictions[name]} for name in predictions},
         "speed_up": llm["end_to_end_s"] / ours["end_to_end_s"],
         "speed_up_per_token": llm["per_token_ms"] / ours["per_token_ms"],
@@ -158,7 +149,7 @@ def make_report(args, costs: "dict[str, Costs]", machine: "Machine", bytes_per_n
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a Markdown table and a sentence."""
-    arguments, machine = report["arguments"], report["machine"]
+    arguments, speed = report["arguments"], report["machine"]
     lines = [
         "| System | Parameters | Prompt GFLOP | Token GFLOP | Token MB | First token ms | Per token ms "
         "| End to end s |",
@@ -175,11 +166,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"Predicted: {report['speed_up']:.1f}x as fast end to end ({arguments['response_length']} tokens), "
         f"{report['speed_up_per_token']:.1f}x per token; LLM-to-SLM ends {when}.",
-        f"Probed: {machine['bandwidth'] / 1e9:.1f} GB/s, {machine['flops'] / 1e9:.0f} GFLOP/s, "
-        f"{1e3 * machine['layer_s']:.2f} ms a layer and {1e3 * machine['token_s']:.2f} ms a token besides.",
+        f"This machine: {speed['bandwidth'] / 1e9:.1f} GB/s, {speed['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{1e3 * speed['layer_s']:.2f} ms a layer and {1e3 * speed['token_s']:.2f} ms a token besides.",
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(["estimate", *sys.argv[1:]]))

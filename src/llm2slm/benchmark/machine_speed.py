@@ -15,7 +15,7 @@ READ_SHAPE = (8192, 8192)
 
 
 @dataclass
-class Machine:
+class MachineSpeed:
     """
     What was measured, in the dtype and on the device asked for.
 
@@ -34,9 +34,11 @@ class Machine:
     overlaps: bool
 
 
-def probe(rows: int, dtype: torch.dtype, device: torch.device, encoder_decoder: bool = False) -> Machine:
+def measure_machine_speed(
+    rows: int, dtype: torch.dtype, device: torch.device, encoder_decoder: bool = False
+) -> MachineSpeed:
     r"""
-    Measures the machine.
+    Measures this machine.
 
     Args:
         rows (`int`): Positions in a prompt phase: batch size times prompt length.
@@ -57,7 +59,7 @@ def probe(rows: int, dtype: torch.dtype, device: torch.device, encoder_decoder: 
         product_s = _seconds(lambda: nn.functional.linear(many, weight), device)
         shallow, deep = (_step_seconds(layers, dtype, device, encoder_decoder) for layers in (2, 10))
     layer_s = max(deep - shallow, 0.0) / 8
-    return Machine(
+    return MachineSpeed(
         bandwidth=READ_SHAPE[0] * READ_SHAPE[1] * dtype.itemsize / read_s,
         flops=2 * rows * 1024 * 1024 / product_s,
         layer_s=layer_s,

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Type of the configuration and its fields.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-large": (
         "t5",
         {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "decoder_start_token_id": 0},
@@ -77,7 +77,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def load_config(name: str) -> "PretrainedConfig":
     """
-    The configuration of one of `SHAPES`, or of a model by name, folder or GGUF file; no weights are read.
+    The configuration of one of `SIZES`, or of a model by name, folder or GGUF file; no weights are read.
 
     Raises:
         OSError: if there is no such model.
@@ -86,13 +86,13 @@ def load_config(name: str) -> "PretrainedConfig":
 
     from ..loading_llm2slm import split_gguf
 
-    if name in SHAPES:
-        model_type, sizes = SHAPES[name]
+    if name in SIZES:
+        model_type, sizes = SIZES[name]
         return AutoConfig.for_model(model_type, **sizes)
     folder, gguf_file = split_gguf(name, None)
     kwargs = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoConfig.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
-        known = ", ".join(SHAPES)
-        raise OSError(f"{name!r} is neither a model nor one of the shapes {known}: {error}") from error
+        known = ", ".join(SIZES)
+        raise OSError(f"{name!r} is neither a model nor one of the sizes {known}: {error}") from error

@@ -1,14 +1,13 @@
 """What `llm2slm benchmark` measures side by side: LLM-to-SLM in its modes, its two models alone, and the alternatives.
 
-Each contender reads a batch of the same random prompts and writes exactly as many tokens as asked for, greedily or by
+Each runner reads a batch of the same random prompts and writes exactly as many tokens as asked for, greedily or by
 beam search; each token is announced to a streamer. Whatever its checkpoint says of how to generate is left out.
 """
 
-import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,41 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .. import LLM2SLMForConditionalGeneration
 from ..arguments_llm2slm import only_special_tokens
-from ..cli.main import device, load_checkpoint
-from ..loading_llm2slm import load_slm, split_gguf
-from .random_models import SHAPES, load_config
+from ..language_models import check_positions, load_checkpoint
+from ..loading_llm2slm import load_slm, load_tokenizer, split_gguf
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .random_models import SIZES, load_config
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What each system is given to do.
+
+    Args:
+        prompt_length, response_length (`int`): Tokens.
+        batch_size (`int`): Prompts at a time.
+        num_beams (`int`): Of the systems with beam search.
+        dtype (`str`): Number format of the weights.
+        device (`torch.device`): Where they are.
+    """
+
+    prompt_length: int
+    response_length: int
+    batch_size: int
+    num_beams: int
+    dtype: str
+    device: torch.device
 
 
 @dataclass
-class Contender:
+class Runner:
     """
     Something that writes responses.
 
     Args:
-        name (`str`): One of [`~llm2slm.benchmark.measure.NAMES`].
+        name (`str`): One of [`~llm2slm.benchmark.report.SYSTEMS`].
         config (`PretrainedConfig`, *optional*): Of the model whose costs can be counted.
         parameters (`int`): Its number of weights, shared ones once.
         weight_bytes (`int`): Their size.
@@ -52,71 +72,87 @@ class Contender:
     facts: dict[str, float]
 
 
-def load_contenders(args: argparse.Namespace) -> list[Contender]:
+def load_runners(
+    systems: Sequence[str],
+    work: Workload,
+    model: str | None,
+    llm: str | None,
+    slm: str | None,
+    revision: str | None,
+    assistant: str | None,
+    gguf: str | None,
+) -> list[Runner]:
     """
-    The contenders that `args.systems` names, in its order.
+    The systems, in their order; arguments are those of [`~llm2slm.benchmark.measure.benchmark`].
 
     Raises:
         OSError: if a model is missing.
-        ValueError: if a contender cannot be had with these models, or the lengths are more than a model takes.
-        ImportError: if the package of a contender is missing.
+        ValueError: if a system cannot be had with these models, or the lengths are more than a model takes.
+        ImportError: if the package of a system is missing.
     """
-    names = list(dict.fromkeys(args.systems))
-    llm, slm, llm2slm = _load_models(args, names)
-    makers: dict[str, Callable[[], Contender]] = {
-        "slm": lambda: _transformers("slm", slm, args),
-        "llm2slm": lambda: _transformers("llm2slm", llm2slm, args),
-        "llm": lambda: _transformers("llm", llm, args),
-        "fast": lambda: _transformers("fast", llm2slm, args, fast=True),
-        "beams": lambda: _transformers("beams", llm2slm, args, args.num_beams),
-        "fast_beams": lambda: _transformers("fast_beams", llm2slm, args, args.num_beams, fast=True),
-        "reuse": lambda: _reuse(llm2slm, args),
-        "assisted": lambda: _assisted(llm, args),
-        "lossless": lambda: _lossless(llm2slm, llm, args),
-        "ctranslate2": lambda: _ctranslate2(llm, args),
-        "llama.cpp": lambda: _llama_cpp(args),
+    names = list(dict.fromkeys(systems))
+    whole_llm, alone, llm2slm = _load_models(names, work, model, llm, slm, revision)
+    makers: dict[str, Callable[[], Runner]] = {
+        "slm": lambda: _transformers("slm", alone, work),
+        "llm2slm": lambda: _transformers("llm2slm", llm2slm, work),
+        "llm": lambda: _transformers("llm", whole_llm, work),
+        "fast": lambda: _transformers("fast", llm2slm, work, fast=True),
+        "beams": lambda: _transformers("beams", llm2slm, work, work.num_beams),
+        "fast_beams": lambda: _transformers("fast_beams", llm2slm, work, work.num_beams, fast=True),
+        "reuse": lambda: _reuse(llm2slm, work),
+        "assisted": lambda: _assisted(whole_llm, work, llm or llm2slm.config.llm_name_or_path, assistant),
+        "lossless": lambda: _lossless(llm2slm, whole_llm, work),
+        "ctranslate2": lambda: _ctranslate2(whole_llm, work),
+        "llama.cpp": lambda: _llama_cpp(gguf, work),
     }
-    contenders = []
+    runners = []
     for name in names:
-        if name in ("llm", "assisted", "lossless", "ctranslate2") and llm is None:
+        if name in ("llm", "assisted", "lossless", "ctranslate2") and whole_llm is None:
             print(f"Left out: {name}. The checkpoint holds what reads the prompt; give --llm.", file=sys.stderr)
             continue
-        contenders.append(makers[name]())
-    return contenders
+        runners.append(makers[name]())
+    return runners
 
 
 # ------------------------------------------------------------------------------------------------------------- models
-def _load_models(args, names: list[str]):
+def _load_models(
+    names: list[str], work: Workload, model: str | None, llm: str | None, slm: str | None, revision: str | None
+):
     """LLM (`None` if it cannot write by itself), SLM and LLM-to-SLM; the last shares what it can with the others."""
     torch.manual_seed(0)
-    if args.model is None:
-        llm, slm = _load(args.llm, args), _load(args.slm, args)
+    if model is None:
+        whole_llm, alone = _load(llm, work), _load(slm, work)
         # Read as the lossless mode needs it: the same ids on both sides.
         shared = "lossless" in names
-        llm2slm = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, shared_tokenizer=shared)
+        llm2slm = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(whole_llm, alone, shared_tokenizer=shared)
     else:
-        llm2slm, _ = load_checkpoint(args)
-        config, llm, slm = llm2slm.config, None, llm2slm.slm
+        llm2slm, _ = load_checkpoint(model, revision, llm, work.dtype, str(work.device))
+        config, whole_llm, alone = llm2slm.config, None, llm2slm.slm
         if {"llm", "assisted", "lossless", "ctranslate2"} & set(names):
-            if args.llm is not None:
-                llm = _load(args.llm, args)
+            if llm is not None:
+                whole_llm = _load(llm, work)
             elif config.llm_name_or_path is not None:
                 source = {"revision": config.llm_revision, "gguf_file": config.llm_gguf_file}
-                llm = _load(config.llm_name_or_path, args, **source)
-    for name, model in (("slm", slm), ("llm2slm", llm2slm), ("llm", llm)):
-        if model is not None:
-            _forget_generation_settings(model)
-            _check_lengths(name, model.config.slm_config if name == "llm2slm" else model.config, args)
-    return llm, slm, llm2slm
+                whole_llm = _load(config.llm_name_or_path, work, **source)
+    for name, loaded in (("slm", alone), ("llm2slm", llm2slm), ("llm", whole_llm)):
+        if loaded is not None:
+            _forget_generation_settings(loaded)
+            check_positions(
+                loaded.config.slm_config if name == "llm2slm" else loaded.config,
+                [(work.prompt_length, work.response_length)],
+                f"{name}: --prompt-length {work.prompt_length} with --response-length {work.response_length}",
+                "lower one of them",
+            )
+    return whole_llm, alone, llm2slm
 
 
-def _load(name: str, args, **kwargs) -> PreTrainedModel:
-    if name not in SHAPES:  # whatever writes by itself is loaded in one way, LLM or SLM
-        return load_slm(name, dtype=args.dtype, **kwargs).to(device(args)).eval()
+def _load(name, work: Workload, **kwargs) -> PreTrainedModel:
+    if name not in SIZES:  # whatever writes by itself is loaded in one way, LLM or SLM
+        return load_slm(name, dtype=work.dtype, **kwargs).to(work.device).eval()
     config = load_config(name)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    return auto_class.from_config(config).to(device(args), dtype).eval()
+    dtype = None if work.dtype == "auto" else getattr(torch, work.dtype)
+    return auto_class.from_config(config).to(work.device, dtype).eval()
 
 
 def _forget_generation_settings(model) -> None:
@@ -130,22 +166,11 @@ def _forget_generation_settings(model) -> None:
     model.generation_config = config
 
 
-def _check_lengths(name: str, config, args) -> None:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # T5 has no such limit
-    lengths = (args.prompt_length, args.response_length)
-    longest = max(lengths) if config.is_encoder_decoder else sum(lengths)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"--prompt-length {args.prompt_length} and --response-length {args.response_length} need {longest} "
-            f"positions, but {name} has {positions}."
-        )
-
-
-def _prompts(config, args) -> dict[str, torch.Tensor]:
+def _prompts(config, work: Workload) -> dict[str, torch.Tensor]:
     # Those who read with the LLM take its ids; LLM-to-SLM says which configuration that is.
     config = config.llm_text_config if config.model_type == "llm2slm" else config.get_text_config()
-    shape, generator = (args.batch_size, args.prompt_length), torch.Generator().manual_seed(0)
-    input_ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator).to(device(args))
+    shape, generator = (work.batch_size, work.prompt_length), torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size // 2, config.vocab_size, shape, generator=generator).to(work.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
@@ -153,9 +178,9 @@ def _settings(num_tokens: int) -> dict[str, Any]:
     return {"do_sample": False, "num_beams": 1, "min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
 
 
-def _contender(name: str, model, generate, facts=None) -> Contender:
+def _runner(name: str, model, generate, facts=None) -> Runner:
     parameters = list(model.parameters())
-    return Contender(
+    return Runner(
         name=name,
         config=model.config,
         parameters=sum(p.numel() for p in parameters),
@@ -165,7 +190,7 @@ def _contender(name: str, model, generate, facts=None) -> Contender:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- contenders
+# --------------------------------------------------------------------------------------------------------- systems
 class _Announcer(LogitsProcessor):
     """Announces each step to a streamer, which beam search does not take."""
 
@@ -177,38 +202,38 @@ class _Announcer(LogitsProcessor):
         return scores
 
 
-def _transformers(name: str, model, args, num_beams: int = 1, **options) -> Contender:
-    inputs = _prompts(model.config, args)
-    repeated = 0 if model.config.is_encoder_decoder else args.prompt_length  # a decoder-only model's prompt
+def _transformers(name: str, model, work: Workload, num_beams: int = 1, **options) -> Runner:
+    inputs = _prompts(model.config, work)
+    repeated = 0 if model.config.is_encoder_decoder else work.prompt_length  # a decoder-only model's prompt
 
     def generate(num_tokens: int, streamer) -> int:
         told = {"streamer": streamer} if num_beams == 1 else {"logits_processor": [_Announcer(streamer)]}
         settings = _settings(num_tokens) | {"num_beams": num_beams} | told
         return model.generate(**inputs, **settings, **options).shape[1] - repeated
 
-    return _contender(name, model, generate)
+    return _runner(name, model, generate)
 
 
-def _reuse(model, args) -> Contender:
-    encoding = model.encode_prompt(**_prompts(model.config, args))
+def _reuse(model, work: Workload) -> Runner:
+    encoding = model.encode_prompt(**_prompts(model.config, work))
 
     def generate(num_tokens: int, streamer) -> int:
         return model.generate(**encoding, streamer=streamer, **_settings(num_tokens)).shape[1]
 
-    return _contender("reuse", model.slm, generate)
+    return _runner("reuse", model.slm, generate)
 
 
-def _assisted(llm, args) -> Contender:
-    if args.assistant is None:
+def _assisted(llm, work: Workload, name: str | None, assistant_name: str | None) -> Runner:
+    if assistant_name is None:
         raise ValueError("The system 'assisted' needs --assistant: a language model that drafts for the LLM.")
-    if args.batch_size > 1:
+    if work.batch_size > 1:
         raise ValueError("The system 'assisted' takes one prompt at a time: --batch-size 1.")
-    assistant, inputs, options = _load(args.assistant, args), _prompts(llm.config, args), {}
+    assistant, inputs, options = _load(assistant_name, work), _prompts(llm.config, work), {}
     if assistant.config.get_text_config().vocab_size != llm.config.get_text_config().vocab_size:
-        from ..loading_llm2slm import load_tokenizer
-
         # Universal assisted generation, which translates the drafts through text.
-        options = {"tokenizer": load_tokenizer(args.llm), "assistant_tokenizer": load_tokenizer(args.assistant)}
+        if name is None:
+            raise ValueError("The system 'assisted' needs --llm: where the LLM's tokenizer is.")
+        options = {"tokenizer": load_tokenizer(name), "assistant_tokenizer": load_tokenizer(assistant_name)}
 
     def generate(num_tokens: int, streamer) -> int:
         settings = {"streamer": streamer, **_settings(num_tokens), **options}
@@ -216,15 +241,15 @@ def _assisted(llm, args) -> Contender:
         settings.pop("min_new_tokens")
         settings["eos_token_id"] = -1
         ids = llm.generate(**inputs, assistant_model=assistant, **settings)
-        return ids.shape[1] - (0 if llm.config.is_encoder_decoder else args.prompt_length)
+        return ids.shape[1] - (0 if llm.config.is_encoder_decoder else work.prompt_length)
 
-    return _contender("assisted", llm, generate)
+    return _runner("assisted", llm, generate)
 
 
-def _lossless(model, llm, args) -> Contender:
-    if args.batch_size > 1:
+def _lossless(model, llm, work: Workload) -> Runner:
+    if work.batch_size > 1:
         raise ValueError("The system 'lossless' takes one prompt at a time: --batch-size 1.")
-    inputs = _prompts(model.config, args)
+    inputs = _prompts(model.config, work)
     facts: dict[str, float] = {}
 
     def generate(num_tokens: int, streamer) -> int:
@@ -233,10 +258,10 @@ def _lossless(model, llm, args) -> Contender:
         facts.update(acceptance_rate=output.acceptance_rate, llm_calls=output.llm_calls)
         return output.sequences.shape[1]
 
-    return _contender("lossless", llm, generate, facts)
+    return _runner("lossless", llm, generate, facts)
 
 
-def _ctranslate2(llm, args) -> Contender:
+def _ctranslate2(llm, work: Workload) -> Runner:
     try:
         import ctranslate2
     except ImportError as error:
@@ -258,7 +283,7 @@ def _ctranslate2(llm, args) -> Contender:
     converter = ctranslate2.converters.TransformersConverter(str(folder / "llm"))
     converter.convert(str(folder / "converted"), quantization="int8")
     translator = ctranslate2.Translator(str(folder / "converted"), intra_threads=torch.get_num_threads())
-    prompts = [[f"t{i}" for i in row] for row in _prompts(llm.config, args)["input_ids"].tolist()]
+    prompts = [[f"t{i}" for i in row] for row in _prompts(llm.config, work)["input_ids"].tolist()]
 
     def generate(num_tokens: int, streamer) -> int:
         results = translator.translate_batch(
@@ -270,31 +295,31 @@ def _ctranslate2(llm, args) -> Contender:
         )
         return min(len(result.hypotheses[0]) for result in results)
 
-    contender = _contender("ctranslate2", llm, generate)
-    contender.config, contender.weight_bytes = None, (folder / "converted" / "model.bin").stat().st_size
-    return contender
+    runner = _runner("ctranslate2", llm, generate)
+    runner.config, runner.weight_bytes = None, (folder / "converted" / "model.bin").stat().st_size
+    return runner
 
 
-def _llama_cpp(args) -> Contender:
+def _llama_cpp(gguf: str | None, work: Workload) -> Runner:
     try:
         import llama_cpp
     except ImportError as error:
         raise ImportError("The system 'llama.cpp' needs a package: pip install llama-cpp-python") from error
-    if args.gguf is None:
+    if gguf is None:
         raise ValueError("The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file.")
-    folder, name = split_gguf(args.gguf, None)
-    path = os.path.join(folder, name) if name is not None else args.gguf
-    if args.batch_size > 1:
+    folder, name = split_gguf(gguf, None)
+    path = os.path.join(folder, name) if name is not None else gguf
+    if work.batch_size > 1:
         raise ValueError("The system 'llama.cpp' takes one prompt at a time: --batch-size 1.")
     llm = llama_cpp.Llama(
         path,
-        n_ctx=args.prompt_length + args.response_length + 8,
+        n_ctx=work.prompt_length + work.response_length + 8,
         n_threads=torch.get_num_threads(),
         n_threads_batch=torch.get_num_threads(),
         verbose=False,
     )
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(llm.n_vocab() // 2, llm.n_vocab(), (args.prompt_length,), generator=generator).tolist()
+    prompt = torch.randint(llm.n_vocab() // 2, llm.n_vocab(), (work.prompt_length,), generator=generator).tolist()
 
     def generate(num_tokens: int, streamer) -> int:
         llm.reset()
@@ -308,4 +333,4 @@ def _llama_cpp(args) -> Contender:
 
     size = os.path.getsize(path)
     parameters = llama_cpp.llama_model_n_params(llm._model.model)
-    return Contender("llama.cpp", None, parameters, size, generate, {})
+    return Runner("llama.cpp", None, parameters, size, generate, {})

@@ -65,7 +65,9 @@ def tokenize_pairs(
 
     if (format_type := dataset.format["type"]) is not None:  # rows must be read as Python's objects
         plain = dataset.with_format(None)
-        tokenized = tokenize_pairs(plain, tokenizer, prompt_max_length, response_max_length, truncate)
+        tokenized = tokenize_pairs(
+            plain, tokenizer, prompt_max_length, response_max_length, truncate, apply_prompt_format
+        )
         return tokenized.with_format(format_type, **dataset.format["format_kwargs"])
 
     def tokenize(batch: dict[str, list], rows: list[int]) -> dict[str, list]:

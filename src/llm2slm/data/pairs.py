@@ -1,4 +1,4 @@
-"""Pairs of `prompt` and `completion` from a folder, a file or the Hub, and the fingerprint of their texts."""
+"""Pairs of `prompt` and `completion` from a folder, a file or the Hub, and a hash of their texts."""
 
 import hashlib
 import json
@@ -98,7 +98,7 @@ def format_of_text(prompt_format: str | None) -> str | None:
     return None if found == "{prompt}" else found
 
 
-def fingerprint(dataset: Dataset) -> str:
+def hash_texts(dataset: Dataset) -> str:
     """The SHA-256 of the pairs' texts in their order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for row in dataset.select_columns(["prompt", "completion"]):

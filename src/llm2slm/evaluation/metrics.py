@@ -1,7 +1,7 @@
 """BLEU, chrF, ROUGE and exact match with 95% intervals, offline, and the paired comparison of two systems.
 
-    >>> from llm2slm.evaluation.metrics import TextMetric
-    >>> TextMetric("chrf").compute(predictions=["a cat sat"], references=["a cat sat down"])
+    >>> from llm2slm.evaluation.metrics import score_texts
+    >>> score_texts("chrf", predictions=["a cat sat"], references=["a cat sat down"])
 
 Each metric is a function of numbers that are added up over the examples: n-gram counts for BLEU and chrF, the
 examples' own scores for the others. A bootstrap resample therefore costs one sum, and no text is read twice.
@@ -10,10 +10,9 @@ examples' own scores for the others. A bootstrap resample therefore costs one su
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
-import evaluate
 import numpy as np
-from datasets import Features, Value
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -111,26 +110,16 @@ def resampled_scores(statistics: Statistics, num_resamples: int, seed: int) -> n
     return scores
 
 
-class TextMetric(evaluate.Metric):
+def score_texts(
+    name: str, predictions: Sequence[str], references: Sequence[str], num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """
-    One of the metrics of [`compute_statistics`] as an `evaluate` module, without the Hub: `TextMetric("bleu")`.
-
-    Its `compute(predictions=..., references=..., num_resamples=1000, seed=0)` returns `score`, the 95% interval `low`
-    and `high`, and `signature`.
+    One of the metrics of [`compute_statistics`]: `score`, from 0 to 100, its 95% interval `low` and `high`, and
+    `signature`.
     """
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Overlap of texts with their references, from 0 to 100, with a 95% bootstrap interval.",
-            citation="",
-            inputs_description="predictions and references: a string each.",
-            features=Features({"predictions": Value("string"), "references": Value("string")}),
-        )
-
-    def _compute(self, predictions, references, num_resamples=1000, seed=0):
-        statistics = compute_statistics(self.config_name, predictions, references)
-        low, high = interval(statistics, num_resamples, seed)
-        return {"score": statistics.score, "low": low, "high": high, "signature": statistics.signature}
+    statistics = compute_statistics(name, predictions, references)
+    low, high = interval(statistics, num_resamples, seed)
+    return {"score": statistics.score, "low": low, "high": high, "signature": statistics.signature}
 
 
 def _sacrebleu_statistics(metric, predictions, references) -> Statistics:

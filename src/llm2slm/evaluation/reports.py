@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..cli.generate import read_jsonl
+from ..utils import read_json_lines
 
 METRICS = {
     "bleu": "BLEU",
@@ -93,7 +93,7 @@ def read_texts(path: str, num_examples: int) -> list[dict[str, str]]:
     beside = texts_path(path)
     if not os.path.isfile(beside):
         raise FileNotFoundError(f"The texts of {path} are needed beside it, but there is no {beside}.")
-    texts = read_jsonl(beside)
+    texts = read_json_lines(beside)
     if len(texts) != num_examples:
         raise ValueError(f"{beside} has {len(texts)} texts, but {path} says {num_examples} examples.")
     for number, row in enumerate(texts, start=1):
@@ -103,12 +103,12 @@ def read_texts(path: str, num_examples: int) -> list[dict[str, str]]:
 
 
 def score_table(reports: list[dict[str, Any]]) -> str:
-    """One row a system: scores with their 95% intervals, loss, probe, speed and costs."""
+    """One row a system: scores with their 95% intervals, loss, loss with shuffled states, speed and costs."""
     names = [name for name in METRICS if any(name in report["scores"] for report in reports)]
-    with_probe = any("shuffled_states" in report for report in reports)
+    with_shuffled = any("shuffled_states" in report for report in reports)
     header = ["System", *(METRICS[name] for name in names), "Loss per token"]
     with_costs = any("costs" in report for report in reports)
-    header += ["Loss with shuffled LLM states"] * with_probe + ["Examples/s", "Tokens/s"]
+    header += ["Loss with shuffled LLM states"] * with_shuffled + ["Examples/s", "Tokens/s"]
     header += ["Parameters", "GFLOP an example"] * with_costs
     lines = [header, ["---"] * len(header)]
     for report in reports:
@@ -117,9 +117,9 @@ def score_table(reports: list[dict[str, Any]]) -> str:
             score = report["scores"].get(name)
             cells.append(f"{score['score']:.1f} [{score['low']:.1f}, {score['high']:.1f}]" if score else "")
         cells.append(f"{report['loss']:.3f}")
-        if with_probe:
-            probe = report.get("shuffled_states")
-            cells.append(f"{probe['shuffled_loss']:.3f} ({probe['increase']:+.1%})" if probe else "")
+        if with_shuffled:
+            shuffled = report.get("shuffled_states")
+            cells.append(f"{shuffled['shuffled_loss']:.3f} ({shuffled['increase']:+.1%})" if shuffled else "")
         cells += [f"{report['speed'][name]:.3g}" for name in ("examples_per_second", "tokens_per_second")]
         if with_costs:
             costs = report.get("costs")

@@ -1,188 +1,134 @@
-"""Scores of a model's responses, its loss, its speed, and whether LLM-to-SLM uses its LLM; tables of several models.
+"""Scores of a model's responses, its loss, its speed, and whether LLM-to-SLM uses its LLM."""
 
-```bash
-llm2slm evaluate --model ./checkpoint --data ./simplify --split test --output llm2slm.json
-llm2slm evaluate --model ./slm-alone --data ./simplify --output slm.json --num-beams 4
-llm2slm evaluate --model ./llm --data ./simplify --few-shot 3 --instruction "Say it simply." --output few-shot.json
-llm2slm evaluate --compare slm.json llm2slm.json few-shot.json --output table.md
-```
-
-The model is an LLM-to-SLM checkpoint, a causal language model, an encoder-decoder or a PEFT adapter. The report's
-texts are beside it, in a file that ends in `.jsonl`.
-"""
-
-import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..cli.main import add_loading_arguments, check_new_file, main, positive_int, write_aside
-from .reports import METRICS, compare_reports, score_table, texts_path
+from ..utils import check_new_file, machine, versions, write_json, write_whole
+from .reports import METRICS, texts_path
 
 
-def make_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `llm2slm evaluate`."""
-    parser.add_argument("--model", metavar="NAME", help="what is evaluated: folder, GGUF file, or name on the Hub")
-    add_loading_arguments(parser, dtype="auto")
+def evaluate(
+    model: str,
+    data: str,
+    output: str,
+    revision: str | None = None,
+    llm: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    split: str = "test",
+    prompt_format: str | None = None,
+    completion_format: str | None = None,
+    max_examples: int | None = None,
+    prompt_max_length: int | None = None,
+    few_shot: int | None = None,
+    few_shot_split: str = "train",
+    instruction: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    metrics: Sequence[str] = tuple(METRICS),
+) -> dict[str, Any]:
+    r"""
+    Evaluates a model, and writes the report and, beside it, the texts.
 
-    parser.add_argument(
-        "--data",
-        metavar="NAME",
-        help="pairs: a folder written by save_to_disk, a .json, .jsonl, .csv or .parquet file (its split is `train`), "
-        "or a data set on the Hub (`name` or `name:configuration`)",
-    )
-    parser.add_argument("--split", default="test", help="part of the data (default: %(default)s)")
-    parser.add_argument(
-        "--prompt-format",
-        metavar="TEXT",
-        help="how a prompt is made of a row's columns, such as '{prompt}' (default: as the model was trained, by the "
-        "run.json in its folder; else the column `prompt`, which an LLM-to-SLM checkpoint's tokenizer brings into its "
-        "form)",
-    )
-    parser.add_argument("--completion-format", metavar="TEXT", help="likewise the response that is right")
-    parser.add_argument(
-        "--max-examples", type=positive_int, metavar="N", help="this many, evenly spaced (default: all)"
-    )
-    parser.add_argument(
-        "--prompt-max-length",
-        type=positive_int,
-        metavar="N",
-        help="cut prompts to this many tokens (default: as the model was trained, if its training cut them)",
-    )
+    Args:
+        model (`str`):
+            What is evaluated, as [`~llm2slm.language_models.load_model`] takes it, with `revision`, `llm`, `dtype` and
+            `device`.
+        data (`str`): The pairs, as [`~llm2slm.data.pairs.load_pairs`] takes them, with `split`, the formats and
+            `max_examples`. Formats that are omitted are those that the model was trained with, by its `run.json`.
+        output (`str`): New `.json` file for the report; the texts go into `.jsonl` beside it.
+        prompt_max_length (`int`, *optional*):
+            Cuts prompts to this many tokens. As the model was trained if omitted, if its training cut them.
+        few_shot (`int`, *optional*): Puts this many solved examples, of `few_shot_split`, before each prompt.
+        instruction (`str`, *optional*): What to do, said before each prompt.
+        batch_size (`int`, *optional*, defaults to 16): Prompts at a time.
+        max_new_tokens (`int`, *optional*, defaults to 128): Tokens of a response at most.
+        num_beams (`int`, *optional*, defaults to 1): Beam search with this many; greedy with one.
+        metrics (`Sequence[str]`, *optional*): Names of [`~llm2slm.evaluation.reports.METRICS`].
 
-    parser.add_argument("--few-shot", type=positive_int, metavar="N", help="put N solved examples before each prompt")
-    parser.add_argument("--few-shot-split", default="train", help="where they are from (default: %(default)s)")
-    parser.add_argument("--instruction", metavar="TEXT", help="what to do, said before each prompt")
-
-    parser.add_argument("--batch-size", type=positive_int, default=16, help="prompts at a time (default: %(default)s)")
-    parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=128, help="tokens of a response at most (default: %(default)s)"
-    )
-    parser.add_argument("--num-beams", type=positive_int, default=1, help="beam search (default: 1, greedy)")
-    parser.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=[*METRICS], metavar="NAME", help=f"of {', '.join(METRICS)}"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="new .json file for the report; with --compare: new .md file for the tables"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="FILE",
-        help="tables of these reports, each tested against the first",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """
-    Evaluates a model, or compares reports.
+    Returns:
+        `dict[str, Any]`: the report.
 
     Raises:
         OSError: if a model or a data set is missing, or an output exists.
-        ValueError: if options disagree, pairs are empty or too long, or reports are of other data.
+        ValueError: if arguments disagree, or pairs are empty or too long.
         ImportError: if a package is missing.
     """
-    if args.compare:
-        if args.model is not None:
-            raise ValueError("--compare reads reports: it goes without --model.")
-        return run_comparison(args)
-    check_options(args)
-    metrics, pairs = import_extras()
+    if Path(output).suffix != ".json":
+        raise ValueError(f"--output must end in .json (the texts go beside it, into .jsonl), got {output!r}.")
+    check_new_file(output)
+    check_new_file(texts_path(output))
+    score_texts, pairs = import_extras()
     from ..training.run_folder import read_run
 
-    trained = read_run(args.model)
-    if args.prompt_max_length is None and not (args.few_shot or args.instruction):
-        args.prompt_max_length = trained_prompt_limit(trained["recipe"])
-    formats = {
-        name: vars(args)[name] if vars(args)[name] is not None else trained["data"].get(name)
-        for name in ("prompt_format", "completion_format")
-    }
-    dataset = pairs.load_pairs(args.data, args.split, **formats, max_examples=args.max_examples)
+    trained = read_run(model)
+    if prompt_max_length is None and not (few_shot or instruction):
+        prompt_max_length = trained_prompt_limit(trained["recipe"])
+    formats = {"prompt_format": prompt_format, "completion_format": completion_format}
+    formats = {name: trained["data"].get(name) if text is None else text for name, text in formats.items()}
+    dataset = pairs.load_pairs(data, split, **formats, max_examples=max_examples)
     shots = []
-    if args.few_shot:
-        shots = pairs.load_pairs(args.data, args.few_shot_split, **formats, max_examples=args.few_shot).to_list()
+    if few_shot:
+        shots = pairs.load_pairs(data, few_shot_split, **formats, max_examples=few_shot).to_list()
 
-    from ..language_models import load_system
-    from ..training.record import machine, versions
+    from ..language_models import load_model
 
-    model, tokenizer = load_system(args, (trained["llm"] or {}).get("name_or_path"))
+    trained_llm = (trained["llm"] or {}).get("name_or_path")
+    loaded, tokenizer = load_model(model, revision, llm, dtype, device, trained_llm)
     # A format that is given, or recorded, is the whole of it; without one the tokenizer's own is put around prompts.
     in_format = formats["prompt_format"] is not None
-    rows, stop = make_rows(args, model, tokenizer, dataset, shots, in_format)
+    rows, stop = make_rows(
+        loaded, tokenizer, dataset, shots, instruction, prompt_max_length, max_new_tokens, in_format
+    )
     references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
-    responses, measured = measure(args, model, tokenizer, rows, stop)
+    responses, measured = measure(loaded, tokenizer, rows, stop, batch_size, max_new_tokens, num_beams)
     report = {
-        "system": system_name(args),
-        "model": args.model,
+        "system": system_name(model, few_shot),
+        "model": model,
         "data": {
-            "source": pairs.recorded_source(args.data),
-            "split": args.split,
-            "fingerprint": pairs.fingerprint(dataset),
+            "source": pairs.recorded_source(data),
+            "split": split,
+            "fingerprint": pairs.hash_texts(dataset),
             "examples": len(rows),
             **formats,
         },
-        "scores": {
-            name: metrics.TextMetric(name).compute(predictions=responses, references=references)
-            for name in args.metrics
-        },
+        "scores": {name: score_texts(name, responses, references) for name in metrics},
         **measured,
         "generation": {
-            **{name: vars(args)[name] for name in ("max_new_tokens", "num_beams", "prompt_max_length")},
-            **{name: vars(args)[name] for name in ("few_shot", "instruction")},
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "prompt_max_length": prompt_max_length,
+            "few_shot": few_shot,
+            "instruction": instruction,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
         },
-        "versions": versions() | {name: metadata.version(name) for name in ("evaluate", "rouge_score", "sacrebleu")},
-        "machine": machine() | ({"gpu": None} if model.device.type == "cpu" else {}),
+        "versions": versions() | {name: metadata.version(name) for name in ("rouge_score", "sacrebleu")},
+        "machine": machine() | ({"gpu": None} if loaded.device.type == "cpu" else {}),
     }
-    with write_aside(texts_path(args.output)) as file:
+    with write_whole(texts_path(output)) as file:
         for prompt, completion, response in zip(dataset["prompt"], references, responses, strict=True):
             line = {"prompt": prompt, "completion": completion, "response": response}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with write_aside(args.output) as file:
-        file.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(score_table([report]))
-
-
-def run_comparison(args: argparse.Namespace) -> None:
-    """Prints the tables of several reports, and writes them to `args.output` if it is given."""
-    check_new_file(args.output)
-    import_extras()
-    tables = compare_reports(args.compare)
-    print(tables)
-    if args.output is not None:
-        with write_aside(args.output) as file:
-            file.write(tables + "\n")
+    write_json(output, report)
+    return report
 
 
 # --------------------------------------------------------------------------------------------------- what is evaluated
-def check_options(args: argparse.Namespace) -> None:
-    """
-    Checks what can be checked before anything is read.
-
-    Raises:
-        OSError: if an output exists, or its folder does not.
-        ValueError: if an option is missing or wrong.
-    """
-    if missing := [option for option in ("model", "data", "output") if vars(args)[option] is None]:
-        raise ValueError(f"Say --{' and --'.join(missing)}; or --compare reports.")
-    if Path(args.output).suffix != ".json":
-        raise ValueError(f"--output must end in .json (the texts go beside it, into .jsonl), got {args.output!r}.")
-    check_new_file(args.output)
-    check_new_file(texts_path(args.output))
-
-
 def import_extras():
-    """The modules that need packages of the extra `train`."""
+    """What needs packages of the extra `train`: the scores, and the pairs."""
     try:
         from ..data import pairs
-        from . import metrics
+        from .metrics import score_texts
     except ImportError as error:
         raise ImportError(f"{error}. Evaluation needs: pip install 'llm-to-slm[train]'") from error
-    return metrics, pairs
+    return score_texts, pairs
 
 
 def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
@@ -192,14 +138,21 @@ def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
     return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
 
 
-def system_name(args: argparse.Namespace) -> str:
+def system_name(model: str, few_shot: int | None) -> str:
     """What the report calls the model: its folder's name, or its name on the Hub, and the number of shots."""
-    name = Path(args.model).resolve().name if os.path.exists(args.model) else args.model
-    return f"{name}, {args.few_shot}-shot" if args.few_shot else name
+    name = Path(model).resolve().name if os.path.exists(model) else model
+    return f"{name}, {few_shot}-shot" if few_shot else name
 
 
 def make_rows(
-    args: argparse.Namespace, model, tokenizer, dataset, shots: list[dict], in_format: bool
+    model,
+    tokenizer,
+    dataset,
+    shots: list[dict],
+    instruction: str | None,
+    prompt_max_length: int | None,
+    max_new_tokens: int,
+    in_format: bool,
 ) -> tuple[list[dict[str, list[int]]], str | None]:
     """
     The pairs as `input_ids` and `labels`, and what ends a response besides the end-of-sequence token. `in_format`:
@@ -214,39 +167,46 @@ def make_rows(
     from ..language_models import SHOT_SEPARATOR, check_positions, few_shot_prompts
 
     stop = None
-    if args.few_shot or args.instruction:
+    if shots or instruction:
         if model.config.model_type == "llm2slm":
             raise ValueError("--few-shot and --instruction are for a model by itself, not for LLM-to-SLM.")
-        if args.prompt_max_length:
+        if prompt_max_length:
             raise ValueError("--prompt-max-length would cut off the prompt, which is behind instruction and examples.")
         if not all(isinstance(text, str) for row in (dataset[0], *shots) for text in row.values()):
             raise ValueError("--few-shot and --instruction are for prompts that are strings, not chats.")
-        prompts = few_shot_prompts(dataset["prompt"][:], shots, args.instruction, tokenizer)
+        prompts = few_shot_prompts(dataset["prompt"][:], shots, instruction, tokenizer)
         dataset = Dataset.from_dict({"prompt": prompts, "completion": dataset["completion"][:]})
         stop = SHOT_SEPARATOR if tokenizer.chat_template is None else None
-    cut = args.prompt_max_length or sys.maxsize
+    cut = prompt_max_length or sys.maxsize
     rows = tokenize_pairs(dataset, tokenizer, cut, sys.maxsize, truncate=True, apply_prompt_format=not in_format)
     rows = rows.select_columns(["input_ids", "labels"]).to_list()
-    check_positions(model, rows, args.max_new_tokens)
+    check_positions(
+        model.config,
+        [(len(row["input_ids"]), max(len(row["labels"]), max_new_tokens)) for row in rows],
+        "The longest prompt with its response",
+        "lower --prompt-max-length, which cuts prompts, or --max-new-tokens",
+    )
     return rows, stop
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
-def measure(args: argparse.Namespace, model, tokenizer, rows: list[dict], stop: str | None):
+def measure(
+    model, tokenizer, rows: list[dict], stop: str | None, batch_size: int, max_new_tokens: int, num_beams: int
+):
     """The responses, and the report's `loss`, `speed`, `costs` and, for LLM-to-SLM, `shuffled_states`."""
     from ..language_models import set_generation
     from .shuffled_states import shuffle_among_like
 
     # Prompts of like length share a batch; the longest first, so that what does not fit fails at once.
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["input_ids"]), -len(rows[i]["labels"])))
-    measured: dict[str, Any] = {"loss": held_out_loss(model, tokenizer, rows, order, args.batch_size)}
+    measured: dict[str, Any] = {"loss": held_out_loss(model, tokenizer, rows, order, batch_size)}
     if model.config.model_type == "llm2slm" and len(rows) > 1:
         donors = shuffle_among_like([len(row["input_ids"]) for row in rows])
-        loss, shuffled = measured["loss"], held_out_loss(model, tokenizer, rows, order, args.batch_size, donors)
+        loss, shuffled = measured["loss"], held_out_loss(model, tokenizer, rows, order, batch_size, donors)
         measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": shuffled / loss - 1}
-    set_generation(model, tokenizer, args.max_new_tokens, args.num_beams)
-    responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, args.batch_size, stop)
-    measured["costs"] = count_costs(model.config, rows, measured["speed"], args.num_beams)
+    set_generation(model, tokenizer, max_new_tokens, num_beams)
+    responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, batch_size, stop)
+    measured["costs"] = count_costs(model.config, rows, measured["speed"], num_beams)
     return responses, measured
 
 
@@ -268,7 +228,7 @@ def held_out_loss(
     The mean negative log-likelihood (nats) of the references' tokens, ends included.
 
     Args:
-        model: Any that [`~llm2slm.language_models.load_system`] gives.
+        model: Any that [`~llm2slm.language_models.load_model`] gives.
         tokenizer ([`LLM2SLMTokenizer`]): The model's.
         rows (`list[dict]`): The examples, with `input_ids` and `labels`.
         order (`list[int]`): The order in which they are read.
@@ -324,7 +284,3 @@ def count_costs(config, rows: list[dict], speed: dict[str, Any], num_beams: int)
     flops = costs.prompt_flops(prompt_length, 1)
     flops += num_beams * (response_length - 1) * costs.token_flops(prompt_length + response_length / 2, 1)
     return {"parameters": costs.parameters, "gflop_per_example": flops / 1e9}
-
-
-if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The probe that shows whether LLM-to-SLM uses its LLM: the loss with the LLM states of other examples.
+"""Whether LLM-to-SLM uses its LLM: the loss with the LLM states of other examples.
 
 The held-out loss is taken again with each example's LLM states replaced by those of another example, of the same
 prompt length if there is one. With `fusion="add"` the SLM's own embeddings of the prompt (or, with two tokenizers,

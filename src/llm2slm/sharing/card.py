@@ -1,23 +1,16 @@
 """A model card of what a training and its evaluation recorded.
 
-```bash
-llm2slm card --run runs/simplify --report simplify.json slm-alone.json few-shot.json
-llm2slm card --run runs/simplify --report simplify.json --benchmark speed.json --model-id user/simplify
-llm2slm card --run runs/local --llm-name HuggingFaceTB/SmolLM2-135M-Instruct
-```
-
 It says what the records say, and nothing else: `run.json` of `llm2slm train`, the reports of `llm2slm evaluate` and
 `llm2slm benchmark`. The card is `README.md` in the training's folder, where `llm2slm push` takes it from.
 """
 
-import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.main import main
 from ..evaluation.reports import METRICS, read_report
+from ..utils import read_json, write_whole
 from .card_sections import (
     as_code,
     data_hub_name,
@@ -28,7 +21,6 @@ from .card_sections import (
     describe_speed,
     describe_training,
     describe_use,
-    read_json,
     summarize,
 )
 
@@ -43,39 +35,35 @@ REPLACEABLE = (
 SHOWN_ELSEWHERE = ("arm", "data", "llm", "slm", "slice_of", "slm_layers", "prompt_format", "completion_format")
 
 
-def make_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `llm2slm card`."""
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of a training, with its run.json")
-    parser.add_argument(
-        "--report",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="reports of llm2slm evaluate: of this model, and of others on the same data to stand beside it",
-    )
-    parser.add_argument("--benchmark", metavar="FILE", help="report of llm2slm benchmark")
-    parser.add_argument(
-        "--model-id", metavar="NAME", help="name on the Hub, or folder, that the card uses (default: --run)"
-    )
-    parser.add_argument(
-        "--llm-name", metavar="NAME", help="the LLM's name on the Hub, if the training had it elsewhere"
-    )
-    parser.add_argument("--slm-name", metavar="NAME", help="likewise that of a pretrained SLM")
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="the checkpoint's licence, such as apache-2.0 (default: that of its base models)",
-    )
-    parser.add_argument(
-        "--llm-license", metavar="ID", help="the LLM's licence (default: as its own card or file says)"
-    )
-    parser.add_argument("--language", nargs="+", metavar="CODE", help="languages of prompts and responses, such as en")
-    parser.add_argument("--output", metavar="FILE", help="where to write it (default: README.md in --run)")
+def write_card(
+    run: str,
+    report: Sequence[str] = (),
+    benchmark: str | None = None,
+    model_id: str | None = None,
+    llm_name: str | None = None,
+    slm_name: str | None = None,
+    license: str | None = None,
+    llm_license: str | None = None,
+    language: Sequence[str] | None = None,
+    output: str | None = None,
+) -> Path:
+    r"""
+    Writes a model card of what a training, its evaluation and its benchmark recorded.
 
+    Args:
+        run (`str`): The folder of a training, with its `run.json`.
+        report (`Sequence[str]`, *optional*):
+            Reports of `llm2slm evaluate`: of this model, and of others on the same data to stand beside it.
+        benchmark (`str`, *optional*): A report of `llm2slm benchmark`.
+        model_id (`str`, *optional*): The name on the Hub, or folder, that the card uses; `run` if omitted.
+        llm_name, slm_name (`str`, *optional*): Names on the Hub of models that the training had elsewhere.
+        license (`str`, *optional*): The checkpoint's licence, such as `"apache-2.0"`; its base models' if omitted.
+        llm_license (`str`, *optional*): The LLM's; as its own card or file says if omitted.
+        language (`Sequence[str]`, *optional*): Of prompts and responses, such as `["en"]`.
+        output (`str`, *optional*): Where to write it; `README.md` in `run` if omitted.
 
-def run(args: argparse.Namespace) -> None:
-    """
-    Writes the card.
+    Returns:
+        `Path`: the card's file.
 
     Raises:
         OSError: if a file is missing, or the output is a card that someone wrote.
@@ -83,35 +71,35 @@ def run(args: argparse.Namespace) -> None:
     """
     from huggingface_hub import ModelCard
 
-    folder = Path(args.run)
+    folder = Path(run)
     trained = read_finished_run(folder)
-    output = Path(args.output) if args.output else folder / "README.md"
-    check_replaceable(output)
-    reports, own = order_reports(args.report, folder)
-    benchmark = None if args.benchmark is None else read_json(args.benchmark, "systems", "ratios")
-    bases = find_bases(args, trained)
-    licences = find_licences(args, trained, bases)
-    task = find_task(trained, folder)
+    path = Path(output) if output else folder / "README.md"
+    check_replaceable(path)
+    reports, own = order_reports(list(report), folder)
+    speed = None if benchmark is None else read_json(benchmark, "systems", "ratios")
+    bases = find_bases(trained, llm_name, slm_name)
+    licences = find_licences(trained, bases, license, llm_license)
+    task, model = find_task(trained, folder), model_id or run
+    name = Path(model).resolve().name
 
     card = ModelCard.from_template(
-        make_metadata(args, trained, own, bases, licences["checkpoint"], task),
+        make_metadata(name, language, trained, own, bases, licences["checkpoint"], task),
         template_path=str(TEMPLATE),
-        title=model_name(args),
+        title=name,
         summary=summarize(trained, folder, bases),
-        **describe_use(args, trained, folder, bases, reports, own, task),
-        **describe_results(model_name(args), reports, own),
-        benchmark=None if benchmark is None else describe_speed(benchmark),
+        **describe_use(model, trained, folder, bases, reports, own, task),
+        **describe_results(name, reports, own),
+        benchmark=None if speed is None else describe_speed(speed),
         training=describe_training(trained),
         options=[(name, as_code(value)) for name, value in trained["recipe"].items() if name not in SHOWN_ELSEWHERE],
-        has_loss_curve=(output.parent / "loss.png").exists(),
+        has_loss_curve=(path.parent / "loss.png").exists(),
         limits=describe_limits(trained, folder, bases, own),
         licence=describe_licence(trained, bases, licences),
     )
     ModelCard(str(card))  # what is not valid metadata raises a ValueError
-    part = output.with_name(f"{output.name}.part")
-    part.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    part.replace(output)
-    print(f"Written: {output}")
+    with write_whole(path, replace=True) as file:
+        file.write(str(card).rstrip() + "\n")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------- what is recorded
@@ -158,14 +146,15 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, 
     return ordered, reports[own[0]] if own else None
 
 
-def find_bases(args: argparse.Namespace, trained: dict[str, Any]) -> dict[str, str]:
+def find_bases(trained: dict[str, Any], llm_name: str | None, slm_name: str | None) -> dict[str, str]:
     """
     The names on the Hub of the models that this one is made of: `llm`, and `slm` unless that began at random.
 
     Raises:
         ValueError: if a name is a place on this machine, or given for a model that there is not.
     """
-    given = {"llm": args.llm_name, "slm": args.slm_name}
+    asked = {"llm": llm_name, "slm": slm_name}
+    given = dict(asked)
     places = {role: trained[role]["name_or_path"] for role in ("llm", "slm") if trained[role] is not None}
     if places.get("slm") == places.get("llm"):  # a slice of the LLM
         given["slm"] = given["slm"] or given["llm"]
@@ -174,7 +163,7 @@ def find_bases(args: argparse.Namespace, trained: dict[str, Any]) -> dict[str, s
     if places.get("slm") == "fresh":
         del places["slm"]
     for role in ("llm", "slm"):
-        if vars(args)[f"{role}_name"] and role not in places and trained["arm"] != "slm":
+        if asked[role] and role not in places and trained["arm"] != "slm":
             raise ValueError(f"--{role}-name: this model has no pretrained {role.upper()}.")
     return {role: hub_name(given[role] or place, f"--{role}-name") for role, place in places.items()}
 
@@ -199,7 +188,9 @@ def hub_name(name: str, option: str) -> str:
     return name
 
 
-def find_licences(args: argparse.Namespace, trained: dict[str, Any], bases: dict[str, str]) -> dict[str, str]:
+def find_licences(
+    trained: dict[str, Any], bases: dict[str, str], license: str | None, llm_license: str | None
+) -> dict[str, str]:
     """
     The licences of the `llm`, if there is one, and of the `checkpoint`.
 
@@ -208,18 +199,18 @@ def find_licences(args: argparse.Namespace, trained: dict[str, Any], bases: dict
     """
     licences = {}
     for role, name in bases.items():
-        if role == "slm" and (args.license or bases.get("llm") == name):
+        if role == "slm" and (license or bases.get("llm") == name):
             continue
-        found = args.llm_license if role == "llm" else None
+        found = llm_license if role == "llm" else None
         found = found or read_licence(trained[role]["name_or_path"], name)
         if found is not None:
             licences[role] = found
         elif role == "llm":
             raise ValueError(f"The licence of the LLM {name!r} is not known here: say it with --llm-license.")
-    if args.license is None and len(set(licences.values())) != 1:
+    if license is None and len(set(licences.values())) != 1:
         known = ", ".join(f"that of {bases[role]!r} is {licence}" for role, licence in licences.items())
         raise ValueError(f"Say the checkpoint's licence with --license; {known or 'its base models say none'}.")
-    return {**licences, "checkpoint": args.license or next(iter(licences.values()))}
+    return {**licences, "checkpoint": license or next(iter(licences.values()))}
 
 
 def read_licence(place: str, name: str) -> str | None:
@@ -258,31 +249,34 @@ def find_task(trained: dict[str, Any], folder: Path) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- the metadata
-def model_name(args: argparse.Namespace) -> str:
-    """The last part of the model's name."""
-    return Path(args.model_id or args.run).resolve().name
-
-
-def make_metadata(args, trained: dict, own: dict | None, bases: dict[str, str], licence: str, task: str):
+def make_metadata(
+    name: str,
+    language: Sequence[str] | None,
+    trained: dict,
+    own: dict | None,
+    bases: dict[str, str],
+    licence: str,
+    task: str,
+):
     """The card's YAML."""
     from huggingface_hub import ModelCardData
 
     is_adapter = trained["arm"] == "llm"
-    metadata = {
-        "language": args.language,
+    metadata: dict[str, Any] = {
+        "language": None if language is None else list(language),
         "license": licence,
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": task,
         "tags": ["llm2slm", "custom_code"] if trained["arm"] == "llm2slm" else ["llm2slm"],
         "base_model": list(dict.fromkeys(bases.values())) or None,
-        "datasets": [name] if (name := data_hub_name(trained["data"]["source"])) else None,
+        "datasets": [data] if (data := data_hub_name(trained["data"]["source"])) else None,
     }
     if bases:  # what began at random needs the LLM beside it, as an adapter does; the rest are its descendants
         metadata["base_model_relation"] = "finetune" if "slm" in bases else "adapter"
     if own is not None:
-        metadata["metrics"] = list(dict.fromkeys(metric_type(name) for name in own["scores"]))
+        metadata["metrics"] = list(dict.fromkeys(metric_type(metric) for metric in own["scores"]))
         metadata["eval_results"] = evaluation_results(own, task)
-        metadata["model_name"] = model_name(args)
+        metadata["model_name"] = name
     return ModelCardData(**metadata)
 
 
@@ -308,7 +302,3 @@ def evaluation_results(own: dict[str, Any], task: str) -> list:
 def metric_type(name: str) -> str:
     """What the Hub calls a metric."""
     return "rouge" if name.startswith("rouge") else name
-
-
-if __name__ == "__main__":
-    sys.exit(main(["card", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.reports import METRICS, compare_reports, read_texts
+from ..utils import read_json
 
 METHOD = "[LLM-to-SLM](https://arxiv.org/abs/2402.16844)"
 
@@ -35,7 +36,7 @@ def summarize(trained: dict[str, Any], folder: Path, bases: dict[str, str]) -> s
 
 
 def describe_use(
-    args, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: dict | None, task: str
+    model: str, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: dict | None, task: str
 ) -> dict[str, str | None]:
     """The snippet with an example of the evaluation, what it needs, and what it wrote then."""
     is_llm2slm = trained["arm"] == "llm2slm"
@@ -49,12 +50,12 @@ def describe_use(
         generation = {name: own["generation"][name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
         unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
         generation = {name: value for name, value in generation.items() if value != unsaid.get(name)}
-    model = json.dumps(args.model_id or args.run)
+    model = json.dumps(model)
     given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
     options = "".join(f", {name}={value}" for name, value in generation.items())
     if is_llm2slm:
         given = f"prompt = {json.dumps(without_format(prompt, folder), ensure_ascii=False)}"
-        where, snippet = use_pipeline(args, folder, bases, model, given, options)
+        where, snippet = use_pipeline(folder, bases, model, given, options)
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
     return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
@@ -78,7 +79,7 @@ def way_of_writing(folder: Path) -> dict[str, Any]:
     }
 
 
-def use_pipeline(args, folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
+def use_pipeline(folder: Path, bases: dict[str, str], model: str, given: str, options: str) -> tuple[str, str]:
     """Where an LLM-to-SLM checkpoint's LLM is, and how the checkpoint is called."""
     from ..loading_llm2slm import PACKAGE, is_package
 
@@ -139,10 +140,10 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
 
 
 def describe_results(name: str, reports: list[str], own: dict | None) -> dict[str, Any]:
-    """The scores, under the model's name, beside those of the other reports, how they were made, and the probe."""
+    """The scores, under the model's name, beside those of other reports, how they were made, what shuffling did."""
     if own is None:
         return {"scores": None}
-    beams, probe = own["generation"]["num_beams"], own.get("shuffled_states")
+    beams, shuffled = own["generation"]["num_beams"], own.get("shuffled_states")
     decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
     signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in own["scores"].items())
     return {
@@ -152,17 +153,17 @@ def describe_results(name: str, reports: list[str], own: dict | None) -> dict[st
         "data_name": f"`{data_name(own['data']['source'])}`",
         "generation": f"{decoding}, at most {own['generation']['max_new_tokens']} tokens, batches of "
         f"{own['speed']['batch_size']} on {processor(own['machine'])}",
-        "probe": probe
+        "shuffled_states": shuffled
         and (
             f"With the LLM's states of other prompts in place of its own, the loss per response token is "
-            f"{probe['shuffled_loss']:.3f} instead of {probe['loss']:.3f} ({probe['increase']:+.1%})."
+            f"{shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f} ({shuffled['increase']:+.1%})."
         ),
     }
 
 
 def describe_speed(benchmark: dict[str, Any]) -> str:
     """The benchmark's table."""
-    from ..benchmark.measure import to_markdown
+    from ..benchmark.report import to_markdown
 
     try:
         return to_markdown(benchmark).strip()
@@ -268,26 +269,6 @@ def duration(seconds: float) -> str:
 def as_code(value: Any) -> str:
     """A value in Markdown, in a table too."""
     return f"`{json.dumps(value, ensure_ascii=False)}`".replace("|", "\\|")
-
-
-def read_json(path: str, *wanted: str) -> dict[str, Any]:
-    """
-    A JSON object with some fields.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if it is something else.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path!r}.")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [name for name in wanted if name not in content]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a report: {error}") from error
-    if missing:
-        raise ValueError(f"{path} is not the report asked for: it lacks {', '.join(missing)}.")
-    return content
 
 
 def data_name(source: str) -> str:

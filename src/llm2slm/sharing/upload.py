@@ -1,22 +1,10 @@
-"""Upload a trained model to the Hub: weights, tokenizer, code, card and pictures, in one commit.
+"""The upload of a trained model to the Hub: weights, tokenizer, code, card and pictures, in one commit."""
 
-```bash
-llm2slm card --run runs/simplify --report simplify.json --model-id user/simplify
-llm2slm push --run runs/simplify --repo-id user/simplify --private
-llm2slm push --run runs/local --repo-id user/simplify --llm-name HuggingFaceTB/SmolLM2-135M-Instruct
-```
-
-The token is that of `hf auth login`, or `HF_TOKEN`.
-"""
-
-import argparse
 import json
-import sys
 from pathlib import Path
 
-from ..cli.main import main
+from ..utils import read_json
 from .card import hub_name
-from .card_sections import read_json
 
 CARD, CONFIG, ADAPTER_CONFIG, LLM_TOKENIZER = "README.md", "config.json", "adapter_config.json", "llm_tokenizer"
 # What a checkpoint is made of, by the ends of its files' names; a training's other files are its own affair.
@@ -38,26 +26,29 @@ NAMES = (
 UNWRITTEN = ('model="<this repository>"', "has been automatically generated", "[More Information Needed]")
 
 
-def make_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `llm2slm push`."""
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="folder of the model, with its card")
-    parser.add_argument(
-        "--repo-id", required=True, metavar="NAME", help="where to: user/name; made if it is not there"
-    )
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
-    parser.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
-    parser.add_argument(
-        "--llm-name",
-        metavar="NAME",
-        help="the LLM's name on the Hub, if the model names it by a place on this machine",
-    )
-    parser.add_argument("--llm-revision", metavar="COMMIT", help="with --llm-name: the commit of the LLM's repository")
+def push(
+    run: str,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model",
+    llm_name: str | None = None,
+    llm_revision: str | None = None,
+) -> str:
+    r"""
+    Uploads a trained model: weights, tokenizer, code, card and pictures, in one commit.
 
+    Args:
+        run (`str`): The folder of the model, with its card.
+        repo_id (`str`): Where to, `user/name`; made if it is not there.
+        private (`bool`, *optional*, defaults to `False`): Whether a new repository is private.
+        revision (`str`, *optional*): The branch; made if it is not there. The main one if omitted.
+        message (`str`, *optional*): Of the commit.
+        llm_name (`str`, *optional*): The LLM's name on the Hub, if the model names it by a place on this machine.
+        llm_revision (`str`, *optional*): The commit of that repository.
 
-def run(args: argparse.Namespace) -> None:
-    """
-    Uploads a model.
+    Returns:
+        `str`: the commit's address.
 
     Raises:
         OSError: if a file is missing, or the Hub refuses.
@@ -65,26 +56,25 @@ def run(args: argparse.Namespace) -> None:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    from .checkpoint_llm2slm import matches, weight_files
+    from ..checkpoint_llm2slm import matches, weight_files
 
-    folder, api = Path(args.run), HfApi()
+    folder, api = Path(run), HfApi()
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     names = find_files(folder)
     for name in names:
         content: str | bytes = str(folder / name)
         if name in (CONFIG, ADAPTER_CONFIG):
-            content = point_to_hub(folder / name, args)
+            content = point_to_hub(folder / name, llm_name, llm_revision)
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-    api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-    if args.revision is not None:
-        api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
-    for name in api.list_repo_files(args.repo_id, revision=args.revision):
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    for name in api.list_repo_files(repo_id, revision=revision):
         if name not in names and matches(name, weight_files(names)[1]):  # another save's: could be loaded instead
             operations.append(CommitOperationDelete(path_in_repo=name))
-    commit = api.create_commit(
-        args.repo_id, operations=operations, commit_message=args.message, revision=args.revision
-    )
+    commit = api.create_commit(repo_id, operations=operations, commit_message=message, revision=revision)
     print(f"{len(names)} files, {commit.oid}: {commit.commit_url}")
+    return commit.commit_url
 
 
 def find_files(folder: Path) -> list[str]:
@@ -110,7 +100,7 @@ def is_models(name: str) -> bool:
     return name in NAMES or name.endswith(SUFFIXES)
 
 
-def point_to_hub(path: Path, args: argparse.Namespace) -> bytes:
+def point_to_hub(path: Path, llm_name: str | None, llm_revision: str | None) -> bytes:
     """
     The configuration with names on the Hub, or of a package, only: an LLM elsewhere is one that nobody else has.
 
@@ -122,12 +112,8 @@ def point_to_hub(path: Path, args: argparse.Namespace) -> bytes:
     config = read_json(str(path))
     field = "base_model_name_or_path" if path.name == ADAPTER_CONFIG else "llm_name_or_path"
     if config.get(field) is not None and not config.get("include_llm", False):
-        if args.llm_name is not None or not is_package(config[field]):
-            config[field] = hub_name(args.llm_name or config[field], "--llm-name")
-        if args.llm_name is not None and field == "llm_name_or_path":
-            config["llm_revision"] = args.llm_revision
+        if llm_name is not None or not is_package(config[field]):
+            config[field] = hub_name(llm_name or config[field], "--llm-name")
+        if llm_name is not None and field == "llm_name_or_path":
+            config["llm_revision"] = llm_revision
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-
-
-if __name__ == "__main__":
-    sys.exit(main(["push", *sys.argv[1:]]))

@@ -1,12 +1,13 @@
-"""The options of `llm2slm train`: what is trained, on which data, and the Trainer's own."""
+"""The options of a training: what is trained, on which data, and other defaults for the Trainer's own.
+
+No torch and no transformers, so that `llm2slm train --help` stays quick.
+"""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.constants import HF_HOME
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 
 def _option(default: Any, help: str) -> Any:
@@ -16,13 +17,12 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class TrainOptions:
     r"""
-    What is trained, and on which data; each field is an option of `llm2slm train`, documented by its help.
+    What is trained, and on which data; each field is an option of `llm2slm train`, documented by its help. `recipe`
+    holds the options that were given and differ from the defaults.
 
     Raises:
         ValueError: if an option that the others need is missing, or two of them contradict each other.
     """
-
-    _argument_group_name = "what is trained, and on which data"
 
     arm: Literal["llm2slm", "slm", "llm"] = _option(
         "llm2slm",
@@ -68,7 +68,7 @@ class TrainOptions:
     )
 
     slm: str = _option(
-        "", "the SLM: name on the Hub or folder; fresh: a new small Llama; slice: chosen layers of --slice_of"
+        "", "the SLM: name on the Hub or folder; fresh: a new small Llama; slice: chosen layers of --slice-of"
     )
     slm_tokenizer: Literal["own", "llm", "trimmed"] = _option(
         "own", "own: the SLM's, trained on the text for a fresh one; llm: the LLM's; trimmed: the LLM's, of the text's"
@@ -88,7 +88,7 @@ class TrainOptions:
     slm_layers: list[int] | None = _option(None, "layers of a slice, from 0")
     slice_of: str = _option("", "language model that is sliced; the LLM if omitted")
 
-    projector_learning_rate: float | None = _option(None, "the projector's; --learning_rate if omitted")
+    projector_learning_rate: float | None = _option(None, "the projector's; --learning-rate if omitted")
     lora_r: int | None = _option(
         None, "rank of LoRA on the SLM, or on the LLM of --arm llm (16 there if omitted); the whole SLM if omitted"
     )
@@ -101,6 +101,7 @@ class TrainOptions:
     cache_dir: str = _option("", "folder of these states; llm2slm in HF_HOME if omitted")
 
     def __post_init__(self):
+        self.recipe = differences(self)
         self._require("data")
         if self.arm != "slm":
             self._require("llm", f" for the arm {self.arm!r}")
@@ -168,16 +169,17 @@ class TrainOptions:
 
 
 @dataclass
-class TrainerOptions(Seq2SeqTrainingArguments):
-    """The Trainer's options, with other defaults: ten evaluations and checkpoints, of which the best is the result."""
-
-    _argument_group_name = "the Trainer's own (transformers.Seq2SeqTrainingArguments)"
+class TrainerDefaults:
+    """
+    The Trainer's options that have other defaults here: ten evaluations and checkpoints, of which the best is the
+    result.
+    """
 
     output_dir: str = _option("", "new folder of this training, or that of an interrupted one, which is resumed")
     eval_strategy: str = _option("steps", "when to evaluate: steps, epoch or no")
     eval_steps: float | None = _option(0.1, "evaluate each so many steps; below 1 a share of all of them")
-    save_strategy: str | None = _option(None, "when to save a checkpoint; as --eval_strategy if omitted")
-    save_steps: float | None = _option(None, "save each so many steps; as --eval_steps if omitted")
+    save_strategy: str | None = _option(None, "when to save a checkpoint; as --eval-strategy if omitted")
+    save_steps: float | None = _option(None, "save each so many steps; as --eval-steps if omitted")
     save_total_limit: int | None = _option(2, "checkpoints kept, the best one among them")
     load_best_model_at_end: bool = _option(True, "whether the result is the checkpoint of the lowest evaluation loss")
     metric_for_best_model: str | None = _option("eval_loss", "what the best checkpoint is chosen by")
@@ -194,33 +196,13 @@ class TrainerOptions(Seq2SeqTrainingArguments):
     # Those that wait for the first process, which caches the features, would give up after half an hour.
     ddp_timeout: int = _option(7 * 24 * 3600, "seconds that processes wait for each other")
 
-    def __post_init__(self):
-        if not self.output_dir:
-            raise ValueError("`output_dir` is needed: the new folder of this training.")
-        self.output_dir = os.path.abspath(self.output_dir)
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end, self.metric_for_best_model = False, None
-        if self.save_steps is None:
-            self.save_steps = self.eval_steps
-        if self.save_strategy is None:
-            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self.label_names = ["labels"]
-        # The Trainer refuses bfloat16 on a machine that has a CPU alone, unless told that this is what is meant.
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
 
-
-def options_parser() -> HfArgumentParser:
-    """Reads both, with `-` or `_` in their names."""
-    return HfArgumentParser((TrainOptions, TrainerOptions), add_help=False)
-
-
-def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
-    """What of the parsed values differs from the defaults; no secrets."""
-    defaults = vars(options_parser().parse_args([]))
-    return {
-        name: values[name]
-        for name, default in defaults.items()
-        if values[name] != default and name not in ("hub_token", "push_to_hub_token")
-    }
+def differences(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults; no secrets."""
+    values = {}
+    for option in fields(options):
+        if option.init and option.name not in ("hub_token", "push_to_hub_token"):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if getattr(options, option.name) != default:
+                values[option.name] = getattr(options, option.name)
+    return values

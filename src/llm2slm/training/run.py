@@ -1,38 +1,22 @@
-"""Train LLM-to-SLM, or on the same data the SLM alone or the LLM alone.
+"""A training from its options to the folder it leaves; `llm2slm train` calls [`train`]."""
 
-```bash
-llm2slm train --config training/recipes/simplify.yaml --output_dir runs/simplify
-llm2slm train --config training/recipes/simplify.yaml --output_dir runs/slm --arm slm --max-steps 500
-llm2slm train --llm google-t5/t5-large --slm google-t5/t5-small --data pairs.jsonl --validation_split none \
-    --learning_rate 1e-4 --output_dir runs/t5
-torchrun --nproc-per-node 2 --no-python llm2slm train --config recipe.yaml --output_dir runs/two  # DDP
-```
-
-The same command again resumes an interrupted training from its last complete checkpoint. The result is in
-`--output_dir`: the model of the lowest evaluation loss, its tokenizer, `run.json` and `loss.png`.
-"""
-
-import argparse
-import dataclasses
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState, set_seed
+from transformers import Seq2SeqTrainer, TrainerState, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli.main import main
-from ..data.pairs import fingerprint, recorded_source
+from ..data.pairs import hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
-from ..utils import give_back_freed_memory
+from ..utils import machine, peak_memory_gib, versions, write_json
 from . import record, setup
-from .optim import parameter_groups
-from .options import TrainerOptions, TrainOptions, options_parser, recipe_of
+from .options import TrainOptions
 from .run_folder import (
     ELSEWHERE,
     REPORT,
@@ -43,45 +27,34 @@ from .run_folder import (
     remove_incomplete_checkpoints,
     write_folder,
 )
-from .trainer import SimilarLengthTrainer
+from .trainer import FreedMemory, SecondsInLog, SimilarLengthTrainer, TrainerOptions, parameter_groups
 
 
-def make_parser(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `llm2slm train`: its own, and all of the Trainer's."""
-    parser.formatter_class = _HelpFormatter
-    # What `parents=` of a new parser does.
-    parser._add_container_actions(options_parser())
+def train(options: TrainOptions, training: TrainerOptions) -> None:
+    r"""
+    Trains in a folder, `training.output_dir`: a new one, or that of the same training, which is resumed.
 
+        train(
+            TrainOptions(data="pairs.jsonl", validation_split="none", llm="t5-large", slm="t5-small"),
+            TrainerOptions(output_dir="runs/t5", eval_strategy="no", learning_rate=1e-4),
+        )
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a default where there is one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
-def run(args: argparse.Namespace) -> None:
-    """
-    Trains, or goes on with an interrupted training.
+    Args:
+        options ([`TrainOptions`]): What is trained, and on which data.
+        training ([`TrainerOptions`]): How.
 
     Raises:
         OSError: if data or a model is missing, the folder is another's, or the disk is too small.
         ValueError: if options or data are not right.
     """
-    values = vars(args)
-    if values["validation_split"] == "none":
-        values["eval_strategy"] = "no"
-    options: TrainOptions = _fill(TrainOptions, values)
-    training: TrainerOptions = _fill(TrainerOptions, values)
     if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
         raise ValueError("DeepSpeed's ZeRO stage 3 is not supported: choose stage 1 or 2.")
-    recipe = recipe_of(values)
     folder = Path(training.output_dir)
     disable_progress_bar()  # of reading and writing weights, one for each checkpoint; the training's own remains
     try:
-        train(options, training, recipe, folder)
+        _train(options, training, {**options.recipe, **training.recipe}, folder)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from the last checkpoint in {folder}.", file=sys.stderr)
         raise
@@ -90,20 +63,7 @@ def run(args: argparse.Namespace) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _fill(options: type, values: dict[str, Any]) -> Any:
-    return options(**{f.name: values[f.name] for f in dataclasses.fields(options) if f.init})
-
-
-def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any], folder: Path) -> None:
-    r"""
-    Trains in a folder: a new one, or that of the same training, which is resumed.
-
-    Args:
-        options ([`TrainOptions`]): What is trained, and on which data.
-        training ([`TrainerOptions`]): How.
-        recipe (`dict[str, Any]`): What of both differs from the defaults, for the folder to be recognised by.
-        folder (`Path`): Where everything is kept.
-    """
+def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any], folder: Path) -> None:
     with training.main_process_first(local=False):
         open_run_folder(folder, recipe)
         if (folder / REPORT).exists():
@@ -140,7 +100,7 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
         eval_dataset=examples.get("validation"),
         processing_class=tokenizer,
         optimizers=(_make_optimizer(options, training, model), None),
-        callbacks=[record.Clock(), _FreedMemory()],
+        callbacks=[SecondsInLog(), FreedMemory()],
     )
     checkpoint = last_complete_checkpoint(folder, training.world_size)
     _say(
@@ -153,16 +113,6 @@ def train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, Any
     else:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     finish(options, training, recipe, folder, trainer, examples, parameters, metrics)
-
-
-class _FreedMemory(TrainerCallback):
-    """Gives memory back every few steps, which costs about as much as a hundredth of them."""
-
-    STEPS = 10
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.STEPS == 0:
-            give_back_freed_memory()
 
 
 def _steps_left(checkpoint: Path) -> int:
@@ -208,7 +158,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
         "slm": None if options.arm == "llm" else _slm_source(options),
         "data": {
             "source": recorded_source(options.data),
-            "fingerprint": fingerprint(examples["train"]),
+            "fingerprint": hash_texts(examples["train"]),
             "train_pairs": len(examples["train"]),
             "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
             "prompt_format": options.prompt_format,
@@ -221,13 +171,13 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
             "epochs": trainer.state.epoch,
             "final_loss": losses[-1]["loss"] if losses else None,
             "eval_loss": eval_loss,
-            "peak_memory_gib": record.peak_memory_gib(),
+            "peak_memory_gib": peak_memory_gib(),
         },
-        "versions": record.versions(),
-        "machine": record.machine(),
+        "versions": versions(),
+        "machine": machine(),
         "seed": training.seed,
     }
-    record.write_json(folder / REPORT, content)
+    write_json(folder / REPORT, content, replace=True)
     shutil.rmtree(folder / START, ignore_errors=True)
     _say(training, f"Finished: {folder}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
 
@@ -269,7 +219,3 @@ def _check_disk(folder: Path, model, training) -> None:
 def _say(training: TrainerOptions, text: str) -> None:
     if training.process_index == 0:
         print(text, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))

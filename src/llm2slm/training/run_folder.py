@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..utils import write_whole
+
 RECIPE, START, REPORT = "recipe.yaml", "start", "run.json"
 # What may differ when a training is resumed: it changes nothing of the result.
 ELSEWHERE = ("output_dir", "cache_dir", "disable_tqdm", "log_level", "dataloader_num_workers", "ddp_timeout")
@@ -57,8 +59,8 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
             f"`output_dir` {str(folder)!r} holds other things than a training: choose a new folder, or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with write_whole(path, replace=True) as file:
+        file.write(text)
 
 
 def _said(recipe: dict[str, Any], name: str) -> str:

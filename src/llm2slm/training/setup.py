@@ -29,10 +29,10 @@ from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from ..data.pairs import format_of_text, load_pairs
 from ..data.prompt_features import cache_prompt_features
+from ..language_models import check_positions, gguf_argument, read_states_in_one_piece
 from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from .frozen_head import read_states_in_one_piece
 from .options import TrainOptions
 from .trainer import LENGTH
 
@@ -86,7 +86,12 @@ def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, token
             rows, two_sided, **limits, truncate=options.truncate, apply_prompt_format=False
         )
         examples[split] = examples[split].map(_count, desc="Counting")
-        _check_positions(model.config, examples[split], split)
+        check_positions(
+            model.config,
+            zip(map(len, examples[split]["input_ids"]), map(len, examples[split]["labels"]), strict=True),
+            f"A {split} pair",
+            "lower `prompt_max_length` or `response_max_length`",
+        )
     if not model.config.is_encoder_decoder:
         examples = {split: rows.map(_join, desc="Joining") for split, rows in examples.items()}
     return examples
@@ -99,24 +104,6 @@ def _count(row: dict[str, Any]) -> dict[str, int]:
 def _join(row: dict[str, Any]) -> dict[str, list[int]]:
     prompt, response = row["input_ids"], row["labels"]
     return {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
-
-
-def _check_positions(config, rows: Dataset, split: str):
-    lengths = [
-        (len(prompt), len(response)) for prompt, response in zip(rows["input_ids"], rows["labels"], strict=True)
-    ]
-    is_llm2slm = isinstance(config, LLM2SLMConfig)
-    writer = config.slm_config if is_llm2slm else config
-    needed = {"what writes": (writer, max(max(pair) if writer.is_encoder_decoder else sum(pair) for pair in lengths))}
-    if is_llm2slm:
-        needed["the LLM"] = (config.llm_text_config, max(prompt for prompt, _ in lengths))
-    for name, (part, longest) in needed.items():
-        limit = max_positions(part.get_text_config())
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"A {split} pair needs {longest} positions, but {name} ({part.model_type}) has {limit}: lower "
-                "`prompt_max_length` or `response_max_length`."
-            )
 
 
 def make_collator(options: TrainOptions, model, tokenizer):
@@ -236,9 +223,7 @@ def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | 
     if token_ids is not None:
         name, gguf_file = split_gguf(options.llm, None)
         config = LLM2SLMConfig.from_sub_configs(
-            AutoConfig.from_pretrained(name, **({"gguf_file": gguf_file} if gguf_file else {})),
-            slm.config,
-            shared_tokenizer=True,
+            AutoConfig.from_pretrained(name, **gguf_argument(gguf_file)), slm.config, shared_tokenizer=True
         )
         token_mapping["shared_tokenizer"] = True
         if config.maps_prompt_tokens:
