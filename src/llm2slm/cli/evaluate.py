@@ -36,7 +36,8 @@ class Options:
     split: str = option("part of the data", "test", metavar="NAME")
     prompt_format: str | None = option(
         "how a prompt is made of a row's columns, such as '{prompt}'; if omitted, as the model was trained, by the "
-        "run.json in its folder; else the column `prompt`, which an LLM-to-SLM checkpoint's tokenizer brings into its form",
+        "run.json in its folder; else the column `prompt`, which the tokenizer of an LLM-to-SLM checkpoint brings "
+        "into its form",
         None,
     )
     completion_format: str | None = option("likewise the response that is right", None)
