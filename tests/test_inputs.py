@@ -25,11 +25,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import BatchEncoding, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from llm2slm import LLM2SLMTokenizer
-from llm2slm.cli.generate import read_jsonl
 from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.pairs import load_pairs
 from llm2slm.data.prompt_features import cache_prompt_features
-from llm2slm.utils import read_text
+from llm2slm.utils import read_json_lines, read_text
 
 PROMPT, LABELS = padded(build_prompts()), build_labels()
 IDS, MASK = PROMPT["input_ids"], PROMPT["attention_mask"]
@@ -363,7 +362,7 @@ def test_pairs_are_read_with_a_byte_order_mark_and_windows_line_ends(suffix, enc
     assert load_pairs(path, "train").to_list() == PAIRS
     assert read_text(path) == TEXTS[suffix]
     if suffix == "jsonl":
-        assert read_jsonl(str(path)) == PAIRS
+        assert read_json_lines(str(path)) == PAIRS
 
 
 @pytest.mark.parametrize(
