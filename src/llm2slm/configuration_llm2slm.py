@@ -189,6 +189,10 @@ class LLM2SLMConfig(PretrainedConfig):
         fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
         return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
 
+    def format_prompt(self, text: str) -> str:
+        """The text as the model was trained to read it; its own tokenizer brings it into this form by itself."""
+        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
+
     pad_token_id = _slm_token("pad_token_id")
     eos_token_id = _slm_token("eos_token_id")
     bos_token_id = _slm_token("bos_token_id")
