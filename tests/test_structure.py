@@ -15,9 +15,9 @@ MAY_IMPORT = {
     "benchmark": {"language_models", "utils", HUB},
     "training": {"building", "data", "language_models", "utils", HUB},
     "language_models": {"auto", HUB},
+    "auto": {"data", HUB},
     "building": {HUB},
-    "data": {HUB},
-    "auto": {HUB},
+    "data": {"utils", HUB},
     "utils": set(),
     HUB: set(),
 }
