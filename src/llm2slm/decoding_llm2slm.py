@@ -354,6 +354,8 @@ def _latest_code(function):
     """
     What the compiler has just run for `function`, without its guards. They compare each module and parameter of the
     SLM with what it was, which takes about a sixth of a small SLM's step: the first step of a response is enough.
+    PyTorch's public way, `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`, holds for the whole process: other
+    threads' calls, of other models too, would go without guards.
     """
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # slow to import
 
