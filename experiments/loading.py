@@ -1,7 +1,7 @@
 """
 Size, loading time and peak memory of a slim checkpoint: SmolLM2-135M-Instruct with a 5M SLM, in bfloat16.
 
-    python results/loading.py --output results/loading.json
+    python experiments/loading.py --output results/loading.json
 
 Each loading is a fresh process, timed after its imports; the LLM is read once from its GGUF file, once as safetensors.
 """

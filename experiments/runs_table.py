@@ -1,7 +1,7 @@
 """
 A Markdown table of trainings, from the `run.json` that each wrote.
 
-    python results/runs_table.py results/simplify/runs/*.json
+    python experiments/runs_table.py results/simplify/runs/*.json
 
 The second column says in what a training's options differ from those of the first one named.
 """

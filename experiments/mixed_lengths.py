@@ -2,7 +2,7 @@
 Prompts of different lengths in one batch: the LLM's time with all of them in one run, padded to the longest, and in
 runs of similar lengths; and what a run costs besides its tokens.
 
-    python results/mixed_lengths.py --model model_cards/simplify-smollm2-135m --data data/simplify data/summarize \
+    python experiments/mixed_lengths.py --model model_cards/simplify-smollm2-135m --data data/simplify data/summarize \
         --output results/mixed_lengths.json
 """
 

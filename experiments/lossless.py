@@ -1,7 +1,7 @@
 """
 Lossless mode on real prompts: is each response the LLM's own, how many drafts are accepted, how much faster is it.
 
-    python results/lossless.py --model runs/simplify-tuned --data data/simplify --output results/lossless.json
+    python experiments/lossless.py --model runs/simplify-tuned --data data/simplify --output results/lossless.json
 
 For each prompt the LLM writes greedily by itself and, in turns before or after that, with LLM-to-SLM's drafts.
 """

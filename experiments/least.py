@@ -1,7 +1,7 @@
 """
 What a model has to beat on each data set: the score of the prompt copied, or of its first sentence (summaries).
 
-    python results/least.py data/simplify data/summarize data/translate-en-it --output results/least.json
+    python experiments/least.py data/simplify data/summarize data/translate-en-it --output results/least.json
 """
 
 import argparse

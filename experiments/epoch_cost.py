@@ -2,7 +2,7 @@
 What a training step with cached LLM features costs, beside the same SLM alone on its own prompt embeddings, and beside
 LLM-to-SLM with the LLM running live.
 
-    python results/epoch_cost.py --output results/epoch_cost.json
+    python experiments/epoch_cost.py --output results/epoch_cost.json
 
 Real pairs, one tokenizer (the LLM's, trimmed), so that all read and write as many tokens. The three train in turns, a
 chunk of steps each, in one process, through the Trainer; of each chunk the time from its first step's end to its last

@@ -1,7 +1,7 @@
 """
 How many of a data set's prompt tokens an SLM with a trimmed vocabulary lacks.
 
-    python results/lacking_tokens.py --model model_cards/translate-en-it-gemma3-270m --data data/translate-en-it \
+    python experiments/lacking_tokens.py --model model_cards/translate-en-it-gemma3-270m --data data/translate-en-it \
         --output results/translate/lacking_tokens.json
 """
 

@@ -2,7 +2,7 @@
 The frozen LLM in other number formats: the time of the prompt phase, its weights, and what the SLM loses by it.
 
     pip install torchao
-    python results/llm_formats.py --model model_cards/simplify-smollm2-135m --llm SMOLLM2 --data data/simplify \
+    python experiments/llm_formats.py --model model_cards/simplify-smollm2-135m --llm SMOLLM2 --data data/simplify \
         --output results/llm_formats.json
 
 SMOLLM2 is SmolLM2-135M-Instruct as safetensors: Transformers does not quantize what it reads from a GGUF file.

@@ -1,7 +1,7 @@
 """
 A Markdown table of reports of `llm2slm evaluate` by the length of the reference: does a system hold up on long ones?
 
-    python results/by_length.py results/simplify/q-replace.json results/simplify/q-slm.json
+    python experiments/by_length.py results/simplify/q-replace.json results/simplify/q-slm.json
 
 The examples are put into thirds by the reference's words; each cell has BLEU and chrF of a third. The last column
 counts the responses of more words than one and a half times the reference's and ten: those that go on and on.
