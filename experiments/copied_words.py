@@ -1,7 +1,7 @@
 """
 A Markdown table of reports of `llm2slm evaluate`: which words of the references the systems write.
 
-    python experiments/copied_words.py data/summarize results/summarize/layer-16.json results/summarize/layer-16-slm.json
+    python experiments/copied_words.py data/summarize results/summarize/{layer-16,layer-16-slm}.json
 
 Words of a reference that stand in its prompt too, and are rare or frequent in the responses that were learned from;
 and words that do not stand in the prompt. Each cell is the share of them that the response has.

@@ -2,7 +2,7 @@
 Fast decode beside the plain path, and beside what else was tried: milliseconds per token of one SLM.
 
     python experiments/fast_decode.py --output results/fast_decode.json
-    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python experiments/fast_decode.py --systems fast  # first_call_s: nothing cached
+    TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python experiments/fast_decode.py --systems fast  # first_call_s: no cache
 
 All systems write the same tokens in one process and take turns; ratios are taken within a repeat. `bytes` is the time
 in which memory gives as many bytes as the SLM's weights have, `linear` that of the SLM's matrix products alone through

@@ -526,7 +526,7 @@ def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
     assert_one_line_error(capsys, ["--compare", first, second], "not a report")
 
 
-# ----------------------------------------------------------------------------------------- packed texts, and plain text
+# ---------------------------------------------------------------------------------------- packed texts, and plain text
 @pytest.fixture
 def packed(reports, tmp_path) -> list[str]:
     """The same reports, with their texts in the folder's Parquet file alone."""

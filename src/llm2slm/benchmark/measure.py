@@ -28,7 +28,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..language_models import choose_device
-from ..utils import check_new_file, cpu_model, read_json, reset_peak, resident_bytes, write_json
+from ..utils import check_new_file, cpu_model, reset_peak, resident_bytes, write_json
 from .costs import costs_of
 from .estimate import predict
 from .machine_speed import measure_machine_speed
@@ -39,8 +39,8 @@ from .report import (
     figures_of,
     plot_latencies,
     plot_quality,
-    read_quality,
     ratios_of,
+    read_quality,
     summary,
 )
 from .runners import Runner, Workload, load_runners
