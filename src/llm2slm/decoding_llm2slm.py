@@ -7,7 +7,7 @@ Choices made here:
   too: the mask says what they see, so one step serves each position and is compiled once.
 - On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
   vector loops of them that reads the weights about as fast as memory gives them; the matrix library takes three to
-  four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
+  four times as long (experiments/fast_decode.py), so that without them compiling gains a tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
