@@ -23,6 +23,10 @@ SYSTEMS = {
 }
 DEFAULT_SYSTEMS = ["slm", "llm2slm", "llm"]
 
+# Of a busy machine: how many times as long as the fastest tenth of some calls the middle one takes, and the share of its
+# time that a call has a processor. A quiet one has 1.1 and 1.0; two others on both cores made it 8.9 and 0.4.
+WIDE_SPREAD, LITTLE_RUNNING = 1.5, 0.8
+
 # Name of a ratio: the figure it is about, numerator, denominator.
 RATIOS = {
     "per_token_llm2slm_to_slm": ("per_token_ms", "llm2slm", "slm"),
@@ -151,7 +155,24 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"This machine: {probed['bandwidth'] / 1e9:.1f} GB/s of weights, "
             f"{probed['flops'] / 1e9:.0f} GFLOP/s. A token's limit is its bytes at that bandwidth."
         )
+        lines += describe_busy(probed)
     return "\n".join(lines)
+
+
+def is_busy(spread: float, running: float) -> bool:
+    """Whether others used the machine while calls were timed: see [`~llm2slm.benchmark.machine_speed.MachineSpeed`]."""
+    return spread > WIDE_SPREAD or running < LITTLE_RUNNING
+
+
+def describe_busy(speed: dict[str, Any]) -> list[str]:
+    """What is to be said of a measured speed: nothing, unless the machine was busy."""
+    spread, running = speed.get("spread", 1.0), speed.get("running", 1.0)  # older reports have neither
+    if not is_busy(spread, running):
+        return []
+    return [
+        f"Measured while the machine was busy: repeat when quiet. (The middle call took up to {spread:.1f} times as "
+        f"long as the fastest tenth, and waited up to {1 - running:.0%} of its time for a processor.)"
+    ]
 
 
 def spread(figure: dict[str, float]) -> str:

@@ -185,13 +185,15 @@ def read_prompts(
         OSError: if there is no such data set.
         ValueError: if it lacks a split or a column, or a prompt is empty or not what the options are for.
     """
-    from ..data.pairs import load_rows, make_texts
+    from ..data.pairs import describe_parts, has_parts, load_rows, make_texts, part_sizes
 
+    if any(has_parts(data, split) for split in splits):
+        print(describe_parts(data, part_sizes(data, prompt_format)))
     shown = [shot["prompt"] for shot in shots]
     rows, prompts = {}, {}
     for split in splits:
         where = f"{data!r}, split {split!r}"
-        dataset = load_rows(data, split, max_examples)
+        dataset = load_rows(data, split, max_examples, prompt_format)
         texts = make_texts(dataset, {"prompt": prompt_format}, where)["prompt"][:]
         for number, text in enumerate(texts):
             if not (text if isinstance(text, list) else text.strip()):

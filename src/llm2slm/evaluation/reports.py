@@ -16,6 +16,8 @@ METRICS = {
     "exact_match": "Exact match",
 }
 PACKED_TEXTS = "texts.parquet"  # the texts of all reports in a folder, as `experiments/pack_texts.py` writes them
+# Nats a token. Of a smaller loss, and beyond ten times a loss, a percentage tells nothing: both losses are printed.
+LEAST_LOSS = 0.01
 
 
 def compare_reports(paths: list[str], name: str | None = None) -> str:
@@ -178,7 +180,7 @@ def score_table(reports: list[dict[str, Any]]) -> str:
         cells.append(f"{report['loss']:.3f}")
         if with_shuffled:
             shuffled = report.get("shuffled_states")
-            cells.append(f"{shuffled['shuffled_loss']:.3f} ({shuffled['increase']:+.1%})" if shuffled else "")
+            cells.append(_shuffled_cell(shuffled) if shuffled else "")
         cells += [f"{report['speed'][name]:.3g}" for name in ("examples_per_second", "tokens_per_second")]
         if with_costs:
             costs = report.get("costs")
@@ -188,6 +190,17 @@ def score_table(reports: list[dict[str, Any]]) -> str:
     note = f"{examples:,} examples; in brackets the middle 95% of 1,000 bootstrap resamples. "
     note += "Losses of different tokenizers are of different tokens."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
+
+
+def _shuffled_cell(shuffled: dict[str, float]) -> str:
+    return f"{shuffled['shuffled_loss']:.3f}{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}"
+
+
+def describe_increase(loss: float, changed: float) -> str:
+    """By how many percent a loss changed, in brackets behind a space; nothing where it was next to nothing before."""
+    if loss < LEAST_LOSS or changed > 10 * loss:
+        return ""
+    return f" ({changed / loss - 1:+.1%})"
 
 
 def difference_table(reports: list[dict[str, Any]], texts: list[list[dict[str, str]]]) -> str:
