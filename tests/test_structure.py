@@ -14,10 +14,10 @@ MAY_IMPORT = {
     "evaluation": {"benchmark", "training", "data", "language_models", "utils"},
     "benchmark": {"language_models", "utils", HUB},
     "training": {"building", "data", "language_models", "utils", HUB},
-    "language_models": {"auto", HUB},
+    "language_models": {"auto", "utils", HUB},
+    "auto": {"data", HUB},
     "building": {HUB},
-    "data": {HUB},
-    "auto": {HUB},
+    "data": {"utils", HUB},
     "utils": set(),
     HUB: set(),
 }

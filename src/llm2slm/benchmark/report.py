@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils import check_installed
+
 # What can be measured; those behind `llm` have to be asked for.
 SYSTEMS = {
     "slm": "the SLM alone, on its own embeddings of as many tokens",
@@ -164,6 +166,7 @@ def spread(figure: dict[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------------ pictures
 def plot_latencies(report: dict[str, Any], path: str) -> None:
     """Draws how long each system takes to write so many tokens, and where LLM-to-SLM overtakes the LLM, as a PNG."""
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
@@ -199,6 +202,7 @@ def plot_quality(
         path (`str`): The file.
         log (`bool`, *optional*, defaults to `False`): Whether seconds are drawn in powers of ten, rather than from 0.
     """
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
