@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "evaluation": {"benchmark", "training", "data", "language_models", "utils"},
     "benchmark": {"language_models", "utils", HUB},
     "training": {"building", "data", "language_models", "utils", HUB},
-    "language_models": {"auto", HUB},
+    "language_models": {"auto", "utils", HUB},
     "auto": {"data", HUB},
     "building": {HUB},
     "data": {"utils", HUB},

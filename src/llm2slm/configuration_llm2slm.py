@@ -79,7 +79,7 @@ class LLM2SLMConfig(PretrainedConfig):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
         llm_install (`str`, *optional*):
-            The command that installs that Python package: said where it is missing.
+            The command that installs that Python package, and what reads it: said where one is missing.
         llm_revision (`str`, *optional*):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):

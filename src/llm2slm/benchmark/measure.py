@@ -28,7 +28,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..language_models import choose_device
-from ..utils import check_new_file, cpu_model, reset_peak, resident_bytes, write_json
+from ..utils import check_installed, check_new_file, cpu_model, reset_peak, resident_bytes, write_json
 from .costs import costs_of
 from .estimate import predict
 from .machine_speed import measure_machine_speed
@@ -98,7 +98,7 @@ def benchmark(
     Raises:
         OSError: if a model is missing, or an output exists.
         ValueError: if arguments disagree, or the lengths are more than a model takes.
-        ImportError: if the package of a system is missing.
+        ImportError: if the package of a system, or what draws pictures, is missing.
     """
     arguments = dict(locals())
     if model is None and (llm is None or slm is None):
@@ -107,6 +107,8 @@ def benchmark(
         raise ValueError("--model brings its own SLM: leave out --slm.")
     if response_length < 2:
         raise ValueError("--response-length must be at least 2: the time per token is taken from the second on.")
+    if plot or quality_plot:
+        check_installed("A picture", "matplotlib")
     scores = read_quality(quality, metric)
     for path in (output, plot, quality_plot):
         check_new_file(path)

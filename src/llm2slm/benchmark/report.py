@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils import read_json
+from ..utils import check_installed, read_json
 
 # What can be measured; those behind `llm` have to be asked for.
 SYSTEMS = {
@@ -187,6 +187,7 @@ def spread(figure: dict[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------------ pictures
 def plot_latencies(report: dict[str, Any], path: str) -> None:
     """Draws how long each system takes to write so many tokens, and where LLM-to-SLM overtakes the LLM, as a PNG."""
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
@@ -245,6 +246,7 @@ def plot_quality(
         metric (`str`): The score's name.
         path (`str`): The file.
     """
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     seconds = {system["name"]: system["end_to_end_s"]["median"] for system in report["systems"]}

@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..utils import check_new_file, machine, versions, write_json, write_whole
+from ..utils import check_installed, check_new_file, machine, versions, write_json, write_whole
+from .metrics import score_texts
 from .reports import METRICS, texts_path
 
 
@@ -65,9 +66,12 @@ def evaluate(
         raise ValueError(f"--output must end in .json (the texts go beside it, into .jsonl), got {output!r}.")
     check_new_file(output)
     check_new_file(texts_path(output))
-    score_texts, pairs = import_extras()
+    check_installed("Evaluation", "datasets", "rouge_score", "sacrebleu")
+    from ..data import pairs
+    from ..language_models import choose_device, load_model
     from ..training.run_folder import read_run
 
+    choose_device(device)  # one that is not there is said before anything is read
     trained = read_run(model)
     if prompt_max_length is None and not (few_shot or instruction):
         prompt_max_length = trained_prompt_limit(trained["recipe"])
@@ -82,8 +86,6 @@ def evaluate(
     shots = []
     if few_shot:
         shots = pairs.load_pairs(data, few_shot_split, **formats, max_examples=few_shot).to_list()
-
-    from ..language_models import load_model
 
     trained_llm = (trained["llm"] or {}).get("name_or_path")
     loaded, tokenizer = load_model(model, revision, llm, dtype, device, trained_llm)
@@ -127,16 +129,6 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------------------- what is evaluated
-def import_extras():
-    """What needs packages of the extra `train`: the scores, and the pairs."""
-    try:
-        from ..data import pairs
-        from .metrics import score_texts
-    except ImportError as error:
-        raise ImportError(f"{error}. Evaluation needs: pip install 'llm-to-slm[train]'") from error
-    return score_texts, pairs
-
-
 def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -> None:
     """
     Checks that a part of a file was held out when the model was trained on that file.

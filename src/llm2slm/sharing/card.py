@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.reports import METRICS, read_report
-from ..utils import read_json, write_whole
+from ..utils import check_installed, read_json, write_whole
 from .card_sections import (
     as_code,
     data_hub_name,
@@ -239,6 +239,7 @@ def read_licence(place: str, name: str) -> str | None:
     folder, gguf_file = split_gguf(place, None)
     found = licence_of_card(os.path.join(folder, "README.md")) if os.path.isdir(folder) else None
     if found is None and gguf_file is not None:
+        check_installed(f"The licence in {gguf_file!r}", "gguf", install="pip install gguf")
         from gguf import GGUFReader
 
         field = GGUFReader(os.path.join(folder, gguf_file)).get_field("general.license")

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.pairs import describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
-from ..utils import machine, peak_memory_gib, versions, write_json
+from ..utils import check_installed, machine, peak_memory_gib, versions, write_json
 from . import record, setup
 from .options import TrainOptions
 from .run_folder import (
@@ -46,7 +46,9 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
     Raises:
         OSError: if data or a model is missing, the folder is another's, or the disk is too small.
         ValueError: if options or data are not right.
+        ImportError: if a package is missing.
     """
+    check_installed("Training", "datasets", "matplotlib", *([] if options.lora_r is None else ["peft"]))
     if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
