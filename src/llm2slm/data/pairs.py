@@ -1,5 +1,6 @@
 """Pairs of `prompt` and `completion` from a folder, a file or the Hub, and a hash of their texts."""
 
+import csv
 import hashlib
 import json
 import os
@@ -269,7 +270,9 @@ def _load_split(source: str, split: str) -> Dataset:
         if split != "all" and "[" not in split:
             raise ValueError(f"{source!r} has no split {split!r}: a file has {', '.join(PARTS)} and all.")
         name, configuration, files = FILE_TYPES[suffix], None, {"train": source}
-        if suffix == ".csv":  # cells such as "None" and "NA" are texts, and an empty one is an empty text
+        if suffix == ".csv":  # cells are texts, also "007", "NA" and an empty one
+            with open(source, encoding="utf-8-sig", newline="") as file:
+                options["converters"] = dict.fromkeys(next(csv.reader(file), []), str)
             options["keep_default_na"] = False
     else:
         (name, _, configuration), files = source.partition(":"), None
