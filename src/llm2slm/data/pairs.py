@@ -170,7 +170,7 @@ def _check_columns(rows: Dataset, formats: dict[str, str | None], where: str) ->
         columns = [name] if text_format is None else _columns_of(name, text_format)
         if missing := [column for column in columns if column not in rows.column_names]:
             raise ValueError(
-                f"{where}: no column {missing[0]!r} for the {name}, only {rows.column_names}. "
+                f"{where} has no column {missing[0]!r} for the {name}, only {rows.column_names}. "
                 f"{_advise_formats(rows, formats)}"
             )
 
