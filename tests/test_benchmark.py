@@ -14,11 +14,13 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMConfig
+from llm2slm.benchmark import machine_speed
 from llm2slm.benchmark.costs import costs_of
 from llm2slm.benchmark.estimate import break_even, predict
-from llm2slm.benchmark.machine_speed import MachineSpeed
+from llm2slm.benchmark.machine_speed import MachineSpeed, time_calls
 from llm2slm.benchmark.measure import TokenTimes
 from llm2slm.benchmark.random_models import SIZES, load_config
+from llm2slm.benchmark.report import describe_busy
 from llm2slm.benchmark.runners import Workload, load_runners
 from llm2slm.cli import main as cli
 
@@ -38,6 +40,11 @@ def restored_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch):
+    monkeypatch.setattr(machine_speed, "SECONDS_EACH", 0.02)
 
 
 @pytest.fixture
@@ -150,6 +157,78 @@ def test_estimate_predicts_from_configurations_alone(tiny_sizes, tmp_path, capsy
 def test_estimate_of_a_model_that_is_not_there_is_one_line(capsys):
     assert cli.main(["estimate", "--llm", "./nowhere", "--slm", "llama-5m"]) == 2
     assert "./nowhere" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------- a busy machine
+class Calls:
+    """Calls of given seconds, one after the other and over again, and the clocks that show them."""
+
+    def __init__(self, seconds: list[float], running: float = 1.0):
+        self.seconds, self.share, self.count = seconds, running, 0
+        self.now = self.had_processor = 0.0
+
+    def __call__(self):
+        seconds = self.seconds[self.count % len(self.seconds)]
+        self.count += 1
+        self.now += seconds
+        self.had_processor += seconds * self.share
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    monkeypatch.setattr(machine_speed, "SECONDS_EACH", 1.0)
+
+    def time(calls: Calls, device="cpu"):
+        return time_calls(calls, torch.device(device), lambda: calls.now, lambda: calls.had_processor)
+
+    return time
+
+
+def test_a_speed_is_that_of_the_fastest_tenth_measured_again_where_the_spread_is_wide(timed):
+    quiet, busy = Calls([0.010, 0.011]), Calls([0.010] + 3 * [0.160])
+    assert timed(quiet).seconds == pytest.approx(0.010)
+    assert quiet.now == pytest.approx(1.0, abs=0.05)
+    found = timed(busy)
+    assert found.seconds == pytest.approx(0.010) and found.spread == pytest.approx(16)
+    assert busy.now == pytest.approx(machine_speed.MAX_ROUNDS, abs=1)
+
+
+def test_a_burst_of_others_is_outlasted(timed):
+    calls = Calls(10 * [0.100] + 1000 * [0.010])
+    found = timed(calls)
+    assert found.seconds == pytest.approx(0.010) and found.spread == pytest.approx(1) and calls.now < 3
+
+
+def test_waiting_for_a_processor_is_noticed_where_all_calls_are_alike(timed):
+    calls = Calls([0.010], running=0.4)
+    assert timed(calls).spread == pytest.approx(1) and timed(calls).running == pytest.approx(0.4)
+    assert calls.now > 3
+    few = Calls([5.0], running=0.4)
+    timed(few)
+    assert few.now == 9 * 5.0  # slow calls are few: one to warm up, five that are timed, one in each further round
+    assert timed(Calls([0.010], running=0.4), "meta").running == 1.0  # another device computes
+
+
+def test_reports_say_that_the_machine_was_busy():
+    assert describe_busy({"spread": 1.2, "running": 0.97}) == [] and describe_busy({}) == []
+    for speed in ({"spread": 16.0, "running": 1.0}, {"spread": 1.0, "running": 0.4}):
+        (line,) = describe_busy(speed)
+        assert "while the machine was busy: repeat when quiet" in line
+        assert f"{speed['spread']:.1f} times" in line and f"{1 - speed['running']:.0%}" in line
+
+
+@pytest.mark.parametrize("running", [1.0, 0.3])
+def test_estimate_and_benchmark_print_and_record_how_busy_the_machine_was(
+    tiny_sizes, tmp_path, capsys, monkeypatch, running
+):
+    monkeypatch.setattr(machine_speed, "time_calls", lambda call, device: machine_speed.Timing(0.01, 1.1, running))
+    pair = ["--llm", "tiny-llm", "--slm", "tiny-slm", "--device", "cpu"]
+    assert cli.main(["estimate", *pair, "--output", str(tmp_path / "estimate.json")]) is None
+    assert cli.main(["benchmark", *pair, *QUICK, "--output", str(tmp_path / "benchmark.json")]) is None
+    assert capsys.readouterr().out.count("while the machine was busy") == (2 if running < 1 else 0)
+    for name, part in (("estimate", "machine"), ("benchmark", "probe")):
+        speed = json.loads((tmp_path / f"{name}.json").read_text())[part]
+        assert (speed["spread"], speed["running"]) == (1.1, running)
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmark

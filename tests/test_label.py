@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from llm2slm import LLM2SLMTokenizer, language_models
 from llm2slm.cli import main as cli
 from llm2slm.data.collator import tokenize_pairs
-from llm2slm.data.pairs import load_pairs
+from llm2slm.data.pairs import load_pairs, load_rows
 from llm2slm.evaluation import labelling as label
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22", "w9 w8 w7 w6 w5 w4 w3"]
@@ -133,6 +133,17 @@ def test_chats_are_answered_with_a_message(folders, tmp_path):
     ids = tokenizer(f"user {PROMPTS[0]} assistant", add_special_tokens=False)["input_ids"]
     assert rows[0]["completion"] == [{"role": "assistant", "content": written_by(model, tokenizer, ids)}]
     assert rows["prompt"][:] == chats
+
+
+def test_a_file_is_labelled_by_its_parts_or_whole(folders, tmp_path, capsys):
+    path = tmp_path / "prompts.csv"
+    Dataset.from_dict({"question": [f"w{i}" for i in range(20)]}).to_csv(path)
+    options = ["--llm", folders["plain"], "--data", path, "--prompt-format", "{question}"]
+    labelled = labels(*options, "--split", "train", "test", output=tmp_path / "parts")
+    assert "is one file: a hash of each prompt chooses" in capsys.readouterr().out
+    for part in labelled:
+        assert set(labelled[part]["question"]) <= set(load_rows(path, part, prompt_format="{question}")["question"])
+    assert len(labels(*options, "--split", "all", output=tmp_path / "whole")["all"]) > len(labelled["train"])
 
 
 def test_the_result_is_what_a_training_takes(folders, data, tmp_path):

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
-from conftest import build_llm, build_llm_tokenizer, build_model, build_slm_tokenizer
+import yaml
+from conftest import build_llm, build_llm_tokenizer, build_model, build_slm_tokenizer, save_training
+from datasets import Dataset
 from hub_server import HubServer
 
 from llm2slm import LLM2SLMTokenizer
@@ -104,6 +108,40 @@ def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path
         assert loaded.returncode == 0, loaded.stderr[-2000:]
         here = run(hub, tmp_path / "here", "-c", LOAD.replace("tester/pair", str(folder)))
     assert loaded.stdout == here.stdout != ""
+
+
+def test_a_csv_file_of_ones_own_becomes_a_model_on_the_hub(tmp_path, capsys):
+    """From `train` on, by nothing but the commands that it prints at its end."""
+    recipe = save_training(tmp_path, [])
+    del recipe["train_split"], recipe["validation_split"]
+    rows = [{"question": f"w{i % 54} w{i // 54} w{i % 7}", "answer": "abc"[i % 3]} for i in range(200)]
+    Dataset.from_list(rows).to_csv(tmp_path / "pairs.csv")
+    run_folder = tmp_path / "my run"
+    recipe |= {"data": str(tmp_path / "pairs.csv"), "output_dir": str(run_folder), "max_steps": 3}
+    recipe |= {"cache_dir": str(tmp_path / "features"), "response_max_length": 8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train = ["train", "--config", str(tmp_path / "recipe.yaml")]
+    assert cli.main(train) == 2
+    formats = re.search("columns: (.*) \\(", capsys.readouterr().err)[1]
+    assert cli.main([*train, *shlex.split(formats)]) is None
+    out = capsys.readouterr().out
+    parts = json.loads((run_folder / "run.json").read_text())["data"]["parts"]
+    assert f"chooses {parts['train']} rows to train, {parts['validation']} to validate and {parts['test']}" in out
+    commands = [shlex.split(line) for line in out.partition("Next:\n")[2].splitlines()]
+    assert [command[1] for command in commands] == ["generate", "evaluate", "card"]
+    commands[2] = [{"USER/LLM": "tester/llm"}.get(word, word) for word in commands[2]]
+    for command in [commands[0], commands[1], [*commands[2], "--llm-license", "mit"]]:
+        assert cli.main(command[1:]) is None, command
+    assert json.loads((run_folder / "report.json").read_text())["data"]["examples"] == parts["test"]
+    capsys.readouterr()
+    assert cli.main(train + shlex.split(formats)) is None  # finished: what comes next is said again
+    assert shlex.join(commands[0]) in capsys.readouterr().out
+    with HubServer(tmp_path / "hub") as hub:
+        run(hub, tmp_path / "me", "-c", PUSH_LLM, tmp_path / "llm")
+        pushed = push(hub, tmp_path / "me", "--run", run_folder, "--llm-name", "tester/llm")
+        assert pushed.returncode == 0, pushed.stderr[-2000:]
+        answered = run(hub, tmp_path / "user", "-c", LOAD)
+    assert answered.returncode == 0, answered.stderr[-2000:]
 
 
 def test_a_private_repository_and_a_branch(folder, tmp_path):

@@ -474,9 +474,10 @@ def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, ca
     pairs = [{"prompt": f"w{i} w1", "completion": "a b" if i % 4 else " "} for i in range(12)]
     path = tmp_path / "some_empty.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    changes = {"data": str(path), "train_split": "train", "validation_split": "none", "max_steps": 2}
+    changes = {"data": str(path), "train_split": "all", "validation_split": "none", "max_steps": 2}
     assert train(recipe, **changes) == 2
-    assert "empty" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "3 of 12 pairs have an empty side, the first is {'prompt': 'w0 w1'" in error and "`skip_empty`" in error
     assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "second")) is None
     assert "3 of 12 pairs have an empty side" in capsys.readouterr().out
     assert report({**recipe, "output_dir": str(tmp_path / "second")})["data"]["train_pairs"] == 9
@@ -576,7 +577,8 @@ def assert_refused(capsys, recipe, *fragments, **changes):
         ({"prompt_max_length": 2}, ["pairs are over the limits", "Raise the limits"]),
         ({"data": "none.jsonl"}, ["There is no file 'none.jsonl'"]),
         ({"prompt_format": "{text}"}, ["no column 'text' for the prompt, only ['prompt', 'completion']"]),
-        ({"train_split": "test"}, ["test"]),
+        ({"train_split": "dev"}, ["no split 'dev'"]),
+        ({"train_split": "all", "validation_split": "validation"}, ["of one file may have rows in common"]),
         ({"llm": "./none"}, ["./none"]),
         ({"slm": "./none"}, ["./none"]),
         ({"learning_rat": 1}, ["no option 'learning_rat'; the nearest is 'learning_rate'"]),
@@ -591,7 +593,7 @@ def test_bad_options_are_one_line_before_anything_is_trained(recipe, changes, fr
 def test_a_prompt_beyond_the_positions_is_refused(recipe, tmp_path, capsys):
     pairs = [{"prompt": "w1 " * 70, "completion": "a"}] * 3
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    changes = {"data": str(tmp_path / "long.jsonl"), "train_split": "train", "validation_split": "none"}
+    changes = {"data": str(tmp_path / "long.jsonl"), "train_split": "all", "validation_split": "none"}
     assert_refused(capsys, recipe, "needs 71 positions, but the LLM (llama) has 64", **changes)
     # Nothing was trained yet: the folder is free for another recipe.
     assert train(recipe, **changes, prompt_max_length=20, truncate=True, max_steps=1) is None

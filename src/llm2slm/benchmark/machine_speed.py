@@ -1,8 +1,8 @@
 """How fast this machine is, from ten seconds of measuring: what a prediction of latencies needs.
 
-A speed is that of the fastest tenth of many calls: others who use the machine only ever add to a call's time. Where the
-other calls took much longer, or the calls had to wait for a processor, it is measured again. If that did not help, what
-is printed says so: two threads on busy cores are slow in every call, as each waits for the other.
+A speed is that of the fastest tenth of many calls: others who use the machine only ever add to a call's time. Where
+the other calls took much longer, or waited for a processor, it is measured again. If that did not help, it is said:
+two threads on busy cores are slow in every call, as each waits for the other.
 """
 
 import math
@@ -113,8 +113,8 @@ def time_calls(
     times: list[float] = []
     had_processor = 0.0
     for _ in range(MAX_ROUNDS):
-        end, wanted = clock() + SECONDS_EACH, len(times) + 5
-        while clock() < end or len(times) < wanted:
+        end = clock() + SECONDS_EACH
+        while clock() < end or len(times) < 5:
             start, processor_start = clock(), processor_clock()
             call()
             if device.type == "cuda":

@@ -23,8 +23,9 @@ SYSTEMS = {
 }
 DEFAULT_SYSTEMS = ["slm", "llm2slm", "llm"]
 
-# Of a busy machine: how many times as long as the fastest tenth of some calls the middle one takes, and the share of its
-# time that a call has a processor. A quiet one has 1.1 and 1.0; two others on both cores made it 8.9 and 0.4.
+# Of a busy machine: how many times as long as the fastest tenth of some calls the middle one takes, and the share of
+# its time that a call has a processor. Two others on two cores make that 8.9 and 0.4 with one thread, and with two
+# threads, of which each waits for the other, 1.2 and 0.2.
 WIDE_SPREAD, LITTLE_RUNNING = 1.5, 0.8
 
 # Name of a ratio: the figure it is about, numerator, denominator.
@@ -160,7 +161,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def is_busy(spread: float, running: float) -> bool:
-    """Whether others used the machine while calls were timed: see [`~llm2slm.benchmark.machine_speed.MachineSpeed`]."""
+    """Whether others used the machine while calls were timed: `spread` and `running` as in `MachineSpeed`."""
     return spread > WIDE_SPREAD or running < LITTLE_RUNNING
 
 

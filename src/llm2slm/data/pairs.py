@@ -1,5 +1,6 @@
 """Pairs of `prompt` and `completion` from a folder, a file or the Hub, and a hash of their texts."""
 
+import csv
 import hashlib
 import json
 import os
@@ -169,7 +170,7 @@ def _check_columns(rows: Dataset, formats: dict[str, str | None], where: str) ->
         columns = [name] if text_format is None else _columns_of(name, text_format)
         if missing := [column for column in columns if column not in rows.column_names]:
             raise ValueError(
-                f"{where}: no column {missing[0]!r} for the {name}, only {rows.column_names}. "
+                f"{where} has no column {missing[0]!r} for the {name}, only {rows.column_names}. "
                 f"{_advise_formats(rows, formats)}"
             )
 
@@ -269,7 +270,9 @@ def _load_split(source: str, split: str) -> Dataset:
         if split != "all" and "[" not in split:
             raise ValueError(f"{source!r} has no split {split!r}: a file has {', '.join(PARTS)} and all.")
         name, configuration, files = FILE_TYPES[suffix], None, {"train": source}
-        if suffix == ".csv":  # cells such as "None" and "NA" are texts, and an empty one is an empty text
+        if suffix == ".csv":  # cells are texts, also "007", "NA" and an empty one
+            with open(source, encoding="utf-8-sig", newline="") as file:
+                options["converters"] = dict.fromkeys(next(csv.reader(file), []), str)
             options["keep_default_na"] = False
     else:
         (name, _, configuration), files = source.partition(":"), None
