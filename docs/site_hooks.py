@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beside its own: links out of docs/, docstrings, and a check that pages load nothing foreign.
+"""What `mkdocs build` does: links out of docs/, docstrings, and a check that a page loads nothing foreign.
 
 A link in a page is relative to where its source lies in the repository, so that it works on every host that shows the
 repository. On the site each linked page, picture or record has the same place below the site's root, and the pages of
