@@ -29,6 +29,7 @@ from transformers import (
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 

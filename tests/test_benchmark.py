@@ -216,7 +216,7 @@ def test_benchmark_of_saved_models_draws_quality_against_speed(tmp_path):
     ):
         auto_class.from_config(config).save_pretrained(tmp_path / name)
     report = tmp_path / "evaluation.json"
-    report.write_text(json.dumps({"scores": {"chrf": {"score": 50.0, "low": 48.0, "high": 52.0}}}))
+    report.write_text(json.dumps({"system": "ours", "scores": {"chrf": {"score": 50.0, "low": 48.0, "high": 52.0}}}))
     plot = tmp_path / "quality.png"
     argv = ["benchmark", "--llm", str(tmp_path / "llm"), "--slm", str(tmp_path / "slm"), "--dtype", "bfloat16", *QUICK]
     assert cli.main([*argv, "--quality", f"llm2slm={report}", f"llm={report}", "--quality-plot", str(plot)]) is None

@@ -185,6 +185,88 @@ import llm2slm.language_models, llm2slm.building
     assert result.returncode == 0, result.stderr
 
 
+OPTIONAL = ["datasets", "gguf", "matplotlib", "peft", "rouge_score", "sacrebleu", "trl"]
+TRAIN = "pip install 'llm-to-slm[train]'"
+
+
+def run_without(modules: list[str], code: str) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own, in which some packages cannot be imported."""
+    return run_fresh(f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n{code}")
+
+
+def test_help_of_each_command_needs_no_optional_package():
+    code = f"""
+from llm2slm.cli.main import main
+for command in {[*cli.COMMANDS]!r}:
+    try:
+        main([command, "--help"])
+    except SystemExit as exit:
+        assert exit.code == 0
+"""
+    result = run_without(OPTIONAL, code)
+    assert result.returncode == 0, result.stderr
+    assert all("usage: " in result.stdout and f" {command} [-h]" in result.stdout for command in cli.COMMANDS)
+
+
+def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path):
+    """Each on data and models that are not there: nothing was looked for yet."""
+    models = ["--llm", "./none", "--slm", "./none"]
+    calls = [
+        (["train", "--data", "./none", *models, "--output-dir", str(tmp_path / "run")], TRAIN),
+        (["evaluate", "--model", "./none", "--data", "./none", "--output", "none.json"], TRAIN),
+        (["label", "--llm", "./none", "--data", "./none", "--output", "none"], TRAIN),
+        (["benchmark", *models, "--plot", "none.png"], TRAIN),
+        (["benchmark", *models, "--quality-plot", "none.png"], TRAIN),
+        (["benchmark", *models, "--systems", "ctranslate2"], "pip install ctranslate2"),
+        (["benchmark", *models, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
+    ]
+    code = f"""
+from llm2slm.cli.main import main
+for argv in {[argv for argv, _ in calls]!r}:
+    assert main(argv) == 2
+"""
+    result = run_without([*OPTIONAL, "ctranslate2", "llama_cpp"], code)
+    assert result.returncode == 0, result.stderr
+    errors = [line for line in result.stderr.splitlines() if ": error: " in line]
+    for (argv, line), error in zip(calls, errors, strict=True):
+        assert error.startswith(f"llm2slm {argv[0]}: error: ") and error.endswith(f", not installed here: {line}"), (
+            error
+        )
+    assert not list(tmp_path.iterdir())
+
+
+FUNCTIONS_WITHOUT = [
+    ("from llm2slm import DataCollatorForLLM2SLM", TRAIN),
+    ("from llm2slm import load_pairs", TRAIN),
+    ("import llm2slm.training.run", TRAIN),
+    ("from llm2slm.evaluation.metrics import score_texts; score_texts('chrf', ['a'], ['a'])", TRAIN),
+    ("from llm2slm.benchmark.report import plot_latencies; plot_latencies({}, 'none.png')", TRAIN),
+    ("from llm2slm.language_models import load_model; load_model('adapter')", "pip install 'llm-to-slm[peft]'"),
+    ("from llm2slm.benchmark.estimate import estimate; estimate('llm.gguf', 'llm.gguf')", "pip install gguf"),
+    ("from llm2slm import LLM2SLMTokenizer as T; T.from_tokenizers('llm.gguf', 'llm.gguf')", "pip install gguf"),
+]
+
+
+def test_a_function_whose_package_is_missing_names_what_installs_it(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "llm.gguf").touch()
+    code = f"""
+import os
+import llm2slm
+os.chdir({str(tmp_path)!r})
+for code in {[code for code, _ in FUNCTIONS_WITHOUT]!r}:
+    try:
+        exec(code)
+    except ImportError as error:
+        print(error)
+"""
+    result = run_without(OPTIONAL, code)
+    assert result.returncode == 0, result.stderr
+    for (code, line), error in zip(FUNCTIONS_WITHOUT, result.stdout.splitlines(), strict=True):
+        assert error.endswith(f": {line}"), f"{code}: {error}"
+
+
 def test_module_is_the_command():
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     argv = [sys.executable, "-m", "llm2slm.cli", "benchmark"]
@@ -335,14 +417,14 @@ def test_a_command_has_the_arguments_and_defaults_of_its_function(command):
     module, name = FUNCTIONS[command]
     arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     fields = {f.name: f for f in dataclasses.fields(importlib.import_module(f"llm2slm.cli.{command}").Options)}
-    assert set(fields) - {"compare"} == set(arguments)
+    assert set(fields) - {"compare", "show"} == set(arguments)
     for name, argument in arguments.items():
         default = fields[name].default
         if fields[name].default_factory is not dataclasses.MISSING:
             default = tuple(fields[name].default_factory())
         if argument.default is not inspect.Parameter.empty:
             assert default == argument.default, name
-        elif command != "evaluate":  # whose --compare goes without them
+        elif command != "evaluate":  # whose --compare and --show go without them
             assert default is dataclasses.MISSING, name
 
 
@@ -492,27 +574,118 @@ def test_output_is_never_overwritten(checkpoints, tmp_path, capsys):
     assert output.read_text() == "kept"
 
 
-def test_unfinished_output_stays_aside(checkpoints, tmp_path, monkeypatch, capsys):
-    written = iter([["first"]])
+def interrupted_run(argv: list[str], batches: int, monkeypatch) -> None:
+    """`llm2slm generate`, stopped by Ctrl-C before it writes one batch more."""
+    left, generate_batch = [batches], generate.generate_batch
 
-    def interrupted(*args, **kwargs):
-        try:
-            return next(written)
-        except StopIteration:
-            raise KeyboardInterrupt from None
+    def stops(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return generate_batch(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "generate_batch", interrupted)
-    argv = ["generate", "--model", checkpoints["llama"], "--batch-size", "1", "--prompt", "w1", "w2"]
-    assert cli.main([*argv, "--output", str(tmp_path / "responses.jsonl")]) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl.part"]
-    assert json.loads((tmp_path / "responses.jsonl.part").read_text()) == {"prompt": "w1", "response": "first"}
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "generate_batch", stops)
+        assert cli.main(argv) == 130
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--do-sample", "--seed", "3"], ["--stream"]], ids=["greedy", "sampled", "stream"]
+)
+def test_an_interrupted_output_is_gone_on_with(more, checkpoints, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(["w1", "", *PROMPTS]) + "\n")
+    argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "p.txt"), "--batch-size", "2"]
+    argv += ["--max-new-tokens", "4", *more]
+    whole, output, part = (tmp_path / name for name in ("whole.jsonl", "cut.jsonl", "cut.jsonl.part"))
+    assert cli.main([*argv, "--output", str(whole)]) is None
+    argv += ["--output", str(output)]
+    interrupted_run(argv, 2, monkeypatch)
+    assert f"goes on from {part}" in capsys.readouterr().err
+    kept = part.read_bytes()
+    assert 0 < len(kept) < len(whole.read_bytes()) and whole.read_bytes().startswith(kept)
+    part.write_bytes(kept[:-5])  # as a kill in the middle of writing leaves it
+    assert cli.main(argv) is None
+    assert output.read_bytes() == whole.read_bytes()
+    assert f"Going on with {part}: 2 prompts" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.jsonl", "p.txt", "whole.jsonl"]
+
+
+def test_an_unfinished_output_with_other_prompts_or_settings_is_kept_and_refused(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
+    argv = ["generate", "--model", checkpoints["llama"], "--output", str(tmp_path / "r.jsonl"), "--batch-size", "1"]
+    interrupted_run([*argv, "--max-new-tokens", "4", "--prompt", "w1", "w2"], 1, monkeypatch)
+    kept = (tmp_path / "r.jsonl.part").read_bytes()
+    capsys.readouterr()
+    for more, what in (
+        (["--max-new-tokens", "5", "--prompt", "w1", "w2"], "`max_new_tokens` was 4, and is 5"),
+        (["--max-new-tokens", "4", "--prompt", "w1", "w3"], "`prompts` was "),
+    ):
+        assert_one_line_error(capsys, [*argv, *more], "r.jsonl.part was begun with other settings", what, "or delete")
+    assert (tmp_path / "r.jsonl.part").read_bytes() == kept
+    (tmp_path / "r.jsonl.part").unlink()  # as the error says: then it starts over
+    assert cli.main([*argv, "--max-new-tokens", "5", "--prompt", "w1", "w3"]) is None
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_blank_line_is_an_empty_response(checkpoint, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("w1 w2\n \nw3\n\n")
+    argv = ["generate", "--model", checkpoint, "--input", str(tmp_path / "p.txt"), "--max_new_tokens", "4"]
+    first, last = expected_responses(checkpoint, ["w1 w2", "w3"], max_new_tokens=4)
+    for more in ([], ["--stream"]):
+        assert cli.main([*argv, *more]) is None
+        captured = capsys.readouterr()
+        assert captured.out.split("\n") == [first, "", last, "", ""]
+        assert "p.txt: 2 of 4 prompts, the first in row 2, are empty" in captured.err
+    assert cli.main([*argv, "--output", str(tmp_path / "r.jsonl")]) is None
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == [first, "", last, ""]
+    assert rows[1] == {"prompt": " ", "response": "", "finish_reason": None}
+
+
+def test_a_csv_file_is_read_by_its_columns(checkpoints, tmp_path):
+    (tmp_path / "p.csv").write_bytes('\ufeffid,prompt\r\n7,"w1, w2\nw3"\r\n8,w4\r\n9\r\n'.encode())
+    argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "p.csv"), "--max-new-tokens", "2"]
+    assert cli.main([*argv, "--output", str(tmp_path / "r.jsonl")]) is None
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prompt"]) for row in rows] == [("7", "w1, w2\nw3"), ("8", "w4"), ("9", "")]
+
+
+def test_a_response_cut_at_its_limit_is_marked(checkpoint, tmp_path, capsys):
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
+    first, *_ = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=None)[0, -3:].tolist()
+    own = tmp_path / "own"
+    shutil.copytree(checkpoint, own)
+    settings = json.loads((own / "generation_config.json").read_text())
+    argv = ["generate", "--model", str(own), "--prompt", "w1 w2", "--max-new-tokens", "3"]
+    for ends, reason in ((first, "stop"), (None, "length")):
+        (own / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": ends}))
+        output = tmp_path / f"{reason}.jsonl"
+        for more in (["--output", str(output)], []):
+            assert cli.main([*argv, *more]) is None
+            assert ("1 of 1 responses were cut at their limit" in capsys.readouterr().err) == (reason == "length")
+        assert json.loads(output.read_text())["finish_reason"] == reason
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(capsys):
+    for command in (
+        ["generate", "--model", "./none", "--prompt", "w1"],
+        ["evaluate", "--model", "./none", "--data", "./none", "--output", "none.json"],
+        ["label", "--llm", "./none", "--data", "./none", "--output", "none"],
+    ):
+        assert_one_line_error(capsys, [*command, "--device", "nonsense"], "--device nonsense")
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
         ("p.txt", "", "has no prompts"),
-        ("p.txt", "w1\n\nw2\n", "row 2: the prompt is empty"),
+        ("p.txt", "\n \n", "row 1: the prompt is empty"),
+        ("p.csv", "id,text\n1,w1\n", "has no column `prompt`, only ['id', 'text']"),
+        ("p.csv", "", "has no column `prompt`, only []"),
+        ("p.csv", "prompt\nw1,w2\n", "row 1 has more cells than the 1 columns ['prompt']"),
+        ("p.csv", "prompt\n" + 140_000 * "w", "is not CSV: field larger than field limit"),
+        ("p.json", '[{"prompt": "w1"}]', "must be text, one prompt a line, or .jsonl or .csv"),
         ("p.jsonl", '{"prompt": "w1"}\n{"text": "w2"}\n', "row 2 has no column `prompt`, only ['text']"),
         ("p.jsonl", '{"prompt": 3}\n', "row 1: the prompt must be a string, got 3"),
         ("p.jsonl", "w1\n", "row 1 is not JSON"),
@@ -530,6 +703,7 @@ def test_bad_prompts_are_one_line_before_anything_is_loaded(name, text, message,
         (["--input", "none.txt"], "There is no file 'none.txt'"),
         (["--prompt", "w1", "--output", "none/x.jsonl"], "There is no folder 'none'"),
         (["--prompt", "w1"], "There is no folder './none'"),
+        (["--prompt", "w1", " "], "--prompt, row 2: the prompt is empty"),
         (["--prompt", "w1", "--temperature", "0.5"], "add --do-sample"),
         (["--prompt", "w1", "--stream", "--num-beams", "2"], "cannot show beam search"),
     ],
@@ -544,7 +718,7 @@ def test_wrong_models_and_long_prompts_are_one_line(checkpoints, capsys):
     assert_one_line_error(capsys, [*argv, checkpoints["llm"]], "is a llama model, not an LLM-to-SLM checkpoint")
     assert_one_line_error(capsys, [*argv, os.path.dirname(llama)], "There is no checkpoint")
     assert_one_line_error(capsys, [*argv, llama, "--llm", checkpoints["other_llm"]], "fingerprint")
-    assert_one_line_error(capsys, [*argv, llama, "--llm", "./none"], "frozen LLM was not found")
+    assert_one_line_error(capsys, [*argv, llama, "--llm", "./none"], "frozen LLM could not be loaded")
     assert_one_line_error(capsys, [*argv, llama, "--device", "nonsense"], "--device nonsense")
     assert_one_line_error(
         capsys, ["generate", "--model", llama, "--prompt", "w1 " * 65], "has 65 tokens", "64 positions"

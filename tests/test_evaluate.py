@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import pack_texts
 import pytest
 import torch
 from conftest import build_llm, build_llm_tokenizer, build_model, build_slm, build_slm_tokenizer
@@ -513,7 +515,7 @@ def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
     second.with_suffix(".jsonl").write_text(texts.replace("response", "answer"))
     assert_one_line_error(capsys, ["--compare", first, second], "row 1 has no response")
     second.with_suffix(".jsonl").unlink()
-    assert_one_line_error(capsys, ["--compare", first, second], "no", "good.jsonl")
+    assert_one_line_error(capsys, ["--compare", first, second], "no", "good.jsonl", "texts.parquet")
     rows = [json.loads(line) for line in texts.splitlines()]
     rows[7]["completion"] = "another"
     second.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -522,6 +524,104 @@ def test_reports_that_cannot_be_compared_are_refused(reports, tmp_path, capsys):
     assert_one_line_error(capsys, ["--compare", first, second], "not a report", "system, data")
     second.write_text("[1, 2")
     assert_one_line_error(capsys, ["--compare", first, second], "not a report")
+
+
+# ---------------------------------------------------------------------------------------- packed texts, and plain text
+@pytest.fixture
+def packed(reports, tmp_path) -> list[str]:
+    """The same reports, with their texts in the folder's Parquet file alone."""
+    pack_texts.main([str(tmp_path), "--delete"])
+    assert not [*tmp_path.glob("*.jsonl")]
+    return reports
+
+
+def test_packed_texts_come_back_byte_for_byte(reports, tmp_path):
+    first = Path(reports[0]).with_suffix(".jsonl")
+    rows = [json.loads(line) for line in first.read_text().splitlines()]
+    rows[3]["response"] = 'two\nlines, "quoted" \u2028 \\ \u00e9\U0001f600'
+    first.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    before = {path.stem: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    pack_texts.main([str(tmp_path)])
+    texts = pack_texts.read_packed(tmp_path / "texts.parquet")
+    assert {name: pack_texts.to_json_lines(rows) for name, rows in texts.items()} == before
+    assert {path.stem: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+
+
+def test_packing_again_keeps_what_is_packed_and_replaces_what_is_new(packed, tmp_path):
+    row = {"prompt": "p", "completion": "a", "response": "new"}
+    Path(packed[1]).with_suffix(".jsonl").write_text(json.dumps(row) + "\n")
+    before = pack_texts.read_packed(tmp_path / "texts.parquet")
+    pack_texts.main([str(tmp_path)])
+    assert pack_texts.read_packed(tmp_path / "texts.parquet") == before | {"good": [row]}
+
+
+def test_what_would_not_come_back_byte_for_byte_is_not_packed(reports, tmp_path):
+    path = Path(reports[0]).with_suffix(".jsonl")
+    path.write_text(path.read_text().replace(": ", ":"))
+    with pytest.raises(SystemExit, match="bad.jsonl would not come back"):
+        pack_texts.main([str(tmp_path), "--delete"])
+    assert path.exists() and not [*tmp_path.glob("texts.*")]
+
+
+def test_packed_texts_compare_as_the_texts_beside_the_reports_do(reports, tmp_path, capsys):
+    assert cli.main(["evaluate", "--compare", *reports]) is None
+    table = capsys.readouterr().out
+    pack_texts.main([str(tmp_path), "--delete"])
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--compare", *reports]) is None
+    assert capsys.readouterr().out == table and "Minus bad" in table
+
+
+def test_texts_beside_a_report_come_before_the_packed_ones(packed, capsys):
+    rows = [{"prompt": "p", "completion": f"c{i}", "response": "written later"} for i in range(60)]
+    Path(packed[0]).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["evaluate", "--show", packed[0], "--max-examples", "1"]) is None
+    assert "written later" in capsys.readouterr().out
+
+
+def test_a_packed_file_that_lacks_a_report_is_said(packed, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    shutil.copy(packed[0], other)
+    assert_one_line_error(capsys, ["--compare", packed[0], other], "texts.parquet has no texts of", "'other'")
+    (tmp_path / "texts.parquet").write_text("no Parquet")
+    assert_one_line_error(capsys, ["--compare", *packed], "texts.parquet is not a Parquet file")
+
+
+@pytest.mark.parametrize("missing, option", [("pyarrow", "--show"), ("sacrebleu.metrics", "--compare")])
+def test_a_missing_extra_is_said_with_the_line_that_installs_it(missing, option, packed, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "llm2slm.evaluation.metrics", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert_one_line_error(capsys, [option, *packed], "pip install 'llm-to-slm[train]'")
+
+
+def test_texts_are_shown_one_system_below_another(reports, tmp_path, capsys):
+    path = Path(reports[1]).with_suffix(".jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0] |= {"response": "two\nlines\n"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "texts.txt"
+    options = ["--show", *reports[:2], "--max-examples", "2", "--output", str(output)]
+    assert cli.main(["evaluate", *options]) is None
+    text = output.read_text(encoding="utf-8")
+    assert capsys.readouterr().out == text
+    first, second = text.rstrip("\n").split("\n\n")
+    bad = json.loads(Path(reports[0]).with_suffix(".jsonl").read_text().splitlines()[0])
+    assert first.splitlines() == [
+        "Example 1 of 60",
+        "prompt     p",
+        f"reference  {bad['completion']}",
+        f"bad        {bad['response']}",
+        "good       two",
+        "           lines",
+    ]
+    assert second.startswith("Example 31 of 60\n")
+    assert cli.main(["evaluate", "--show", reports[0]]) is None
+    assert capsys.readouterr().out.count("Example ") == 60
+
+
+def test_options_that_do_not_go_with_show_are_said(reports, capsys):
+    assert_one_line_error(capsys, ["--show", reports[0], "--model", "x"], "--show", "without --model")
+    assert_one_line_error(capsys, ["--show", reports[0], "--compare", reports[0]], "--compare and --show")
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -160,7 +160,7 @@ def test_a_slim_models_llm_is_loaded_for_what_is_missing(prompts, llm_folder, tm
     model.save_pretrained(tmp_path / "slim")
     llm_folder.rename(tmp_path / "elsewhere")
     slim = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "slim", load_llm=False)
-    with pytest.raises(OSError, match="frozen LLM was not found"):
+    with pytest.raises(OSError, match="frozen LLM could not be loaded"):
         cache_prompt_features(prompts, slim, tmp_path / "cache")
     rest = {"llm_kwargs": {"llm_name_or_path": tmp_path / "elsewhere"}}
     assert len(cache_prompt_features(prompts, slim, tmp_path / "cache", **rest)) == len(prompts)

@@ -25,11 +25,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import BatchEncoding, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from llm2slm import LLM2SLMTokenizer
-from llm2slm.cli.generate import read_jsonl
 from llm2slm.data.collator import DataCollatorForLLM2SLM, tokenize_pairs
 from llm2slm.data.pairs import load_pairs
 from llm2slm.data.prompt_features import cache_prompt_features
-from llm2slm.utils import read_text
+from llm2slm.utils import read_json_lines, read_text
 
 PROMPT, LABELS = padded(build_prompts()), build_labels()
 IDS, MASK = PROMPT["input_ids"], PROMPT["attention_mask"]
@@ -360,10 +359,10 @@ TEXTS = {
 def test_pairs_are_read_with_a_byte_order_mark_and_windows_line_ends(suffix, encoding, tmp_path):
     path = tmp_path / f"pairs.{suffix}"
     path.write_bytes(TEXTS[suffix].replace("\n", "\r\n").encode(encoding))
-    assert load_pairs(path, "train").to_list() == PAIRS
+    assert load_pairs(path, "all").to_list() == PAIRS
     assert read_text(path) == TEXTS[suffix]
     if suffix == "jsonl":
-        assert read_jsonl(str(path)) == PAIRS
+        assert read_json_lines(str(path)) == PAIRS
 
 
 @pytest.mark.parametrize(
@@ -376,6 +375,6 @@ def test_text_in_another_encoding_is_refused(encoding, found, tmp_path):
         path.write_bytes(text.encode(encoding))
         message = rf"{path} is not UTF-8 text\. Save it as UTF-8.*`iconv -f {found} -t UTF-8`"
         with pytest.raises(ValueError, match=message):
-            load_pairs(path, "train")
+            load_pairs(path, "all")
         with pytest.raises(ValueError, match=message):
             read_text(path)

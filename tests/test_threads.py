@@ -125,6 +125,23 @@ def test_the_pipeline_gives_each_thread_its_own():
     assert len(set(map(str, alone))) > len(texts) // 2
 
 
+def test_the_tokenizer_cuts_and_pads_each_threads_text_as_it_asks():
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
+    texts = [" ".join(f"w{(i * 7 + j) % 54}" for j in range(3 + i * 5)) for i in range(8)]
+
+    def ids(i):
+        options = {"truncation": True, "max_length": 4 + i} if i % 2 else {}
+        if i % 3 == 0:
+            options |= {"padding": "max_length", "max_length": 40}
+        encoding = tokenizer(texts[i], text_target=texts[i], **options)
+        return encoding["input_ids"], encoding["labels"], tokenizer.encode(texts[i], **options)
+
+    alone = [ids(i) for i in range(8)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(50):
+            assert list(pool.map(ids, range(8))) == alone
+
+
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_a_call_leaves_no_hook_and_changes_no_module(kind):
     llm = build_llm(kind)

@@ -5,8 +5,6 @@ The splits are fixed by the text, not by a seed: two rows that share a run of ei
 group, and a group goes to one split, chosen by the hash of its text.
 """
 
-import hashlib
-import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -14,14 +12,11 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, DatasetInfo, load_from_disk
 
+from llm2slm.data.hash_split import normalize, position
+
 RUN = 8  # words. In the Bible runs of 7 chain 8,800 of the 30,800 verses into one group, runs of 8 3,700, of 9 1,800.
 MAX_GROUP = 100  # Larger groups, held together by formulas ("did evil in the sight of the LORD"), always train.
 SHORT_RUN = 4  # words. Two prompts are near-identical if one prompt has half of the other's runs of this length.
-
-
-def normalize(text: str) -> list[str]:
-    """Returns the lower-case words of a text, without punctuation: what near-duplicates are compared by."""
-    return re.findall(r"[\w']+", text.lower())
 
 
 def runs(text: str, length: int) -> list[tuple[str, ...]]:
@@ -80,11 +75,10 @@ def choose_split(group: list[dict[str, str]], test_share: float, validation_shar
     """
     if len(group) > MAX_GROUP:
         return "train"
-    prompt = min(" ".join(normalize(row["prompt"])) for row in group)
-    position = int.from_bytes(hashlib.sha256(prompt.encode()).digest(), "big") / 2**256  # uniform in [0, 1)
-    if position < test_share:
+    place = position(min(" ".join(normalize(row["prompt"])) for row in group))
+    if place < test_share:
         return "test"
-    return "validation" if position < test_share + validation_share else "train"
+    return "validation" if place < test_share + validation_share else "train"
 
 
 def split_rows(

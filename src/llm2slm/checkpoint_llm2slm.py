@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import (
     check_fingerprint,
+    check_gguf,
     check_loading_info,
     check_offloaded,
     check_same_architecture,
@@ -124,6 +125,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if there is no LLM at that place.
+            ImportError: if it is a GGUF file, and the package that reads these is missing.
             ValueError: if it is another LLM than the one the model was trained with.
         """
         source = llm_name_or_path if llm_name_or_path is not None else self.config.llm_name_or_path
@@ -137,17 +139,17 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         if attention is not None:
             llm_kwargs.setdefault("attn_implementation", attention)
         llm_kwargs.setdefault("dtype", self.dtype)
+        install = self.config.llm_install if source == self.config.llm_name_or_path else None
         try:
-            name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None))
+            name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None), install)
+            check_gguf(gguf_file, install)
             if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds, and it is known
                 llm_kwargs["config"] = copy.deepcopy(self.config.llm_config)
             llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
         except OSError as error:
-            install = self.config.llm_install if source == self.config.llm_name_or_path else None
             raise OSError(
                 f"This checkpoint's frozen LLM could not be loaded from {str(source)!r}: {error}\n"
-                f"{f'Install it with `{install}`, or say' if install else 'Say'} where it is on this machine with "
-                "`from_pretrained(..., llm_name_or_path=...)`."
+                "Or say where it is on this machine with `from_pretrained(..., llm_name_or_path=...)`."
             ) from error
         check_same_architecture(llm_config, self.config.llm_config, source)
         self._set_llm(llm)

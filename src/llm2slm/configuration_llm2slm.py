@@ -79,7 +79,7 @@ class LLM2SLMConfig(PretrainedConfig):
             Where the frozen LLM is loaded from: a name on the Hub, a folder, or `package:NAME` for an installed Python
             package that holds it. Checkpoints without it contain the LLM.
         llm_install (`str`, *optional*):
-            The command that installs that Python package: said where it is missing.
+            The command that installs that Python package, and what reads it: said where one is missing.
         llm_revision (`str`, *optional*):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):
@@ -188,6 +188,10 @@ class LLM2SLMConfig(PretrainedConfig):
         fields = llm_config.to_dict()
         fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
         return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
+
+    def format_prompt(self, text: str) -> str:
+        """The text as the model was trained to read it; its own tokenizer brings it into this form by itself."""
+        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
 
     pad_token_id = _slm_token("pad_token_id")
     eos_token_id = _slm_token("eos_token_id")

@@ -7,7 +7,7 @@ Choices made here:
   too: the mask says what they see, so one step serves each position and is compiled once.
 - On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
   vector loops of them that reads the weights about as fast as memory gives them; the matrix library takes three to
-  four times as long (results/fast_decode.py), so that without them compiling gains a tenth.
+  four times as long (experiments/fast_decode.py), so that without them compiling gains a tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
@@ -354,6 +354,8 @@ def _latest_code(function):
     """
     What the compiler has just run for `function`, without its guards. They compare each module and parameter of the
     SLM with what it was, which takes about a sixth of a small SLM's step: the first step of a response is enough.
+    PyTorch's public way, `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`, holds for the whole process: other
+    threads' calls, of other models too, would go without guards.
     """
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # slow to import
 

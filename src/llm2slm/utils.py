@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -128,7 +129,45 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def check_settings(path: str | os.PathLike, settings: dict[str, Any], work: str | os.PathLike) -> None:
+    """
+    Checks that what was begun, if anything was, is what is asked for now.
+
+    Args:
+        path (`str` or `os.PathLike`): The JSON file with the settings it was begun with.
+        settings (`dict[str, Any]`): Those of now.
+        work (`str` or `os.PathLike`): What the error calls the unfinished work.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if not os.path.exists(path):
+        return
+    begun = read_json(path)
+    if other := [name for name in settings if begun.get(name) != settings[name]]:
+        raise ValueError(
+            f"{work} was begun with other settings: `{other[0]}` was {begun.get(other[0])!r}, and is "
+            f"{settings[other[0]]!r}. Say the same, choose another --output, or delete {work}."
+        )
+
+
 # ------------------------------------------------------------------------------------------- versions and this machine
+def check_installed(what: str, *modules: str, install: str = "pip install 'llm-to-slm[train]'") -> None:
+    """
+    Checks, before any work, that optional packages are there; none is imported.
+
+    Args:
+        what (`str`): What needs them, for the error.
+        modules (`str`): The names they are imported by.
+        install (`str`, *optional*): The line that installs them.
+
+    Raises:
+        ImportError: if one is missing.
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ImportError(f"{what} needs {' and '.join(missing)}, not installed here: {install}")
+
+
 def versions() -> dict[str, str]:
     """Of Python and the packages that a result depends on."""
     import torch

@@ -1,9 +1,9 @@
 """What LLM-to-SLM would gain for a pair of models on this machine, before any training and without their weights.
 
-The machine's speed is measured for about ten seconds. A prompt phase takes as long as its floating-point operations at
-the measured rate or, if longer, reading its weights; a token as long as reading its weights and cache; each layer and
-each token has an overhead besides, which adds up on a CPU and overlaps on a GPU. `llm2slm benchmark` prints these
-predictions beside what it measures.
+The machine's speed is measured for about ten seconds, longer while others use it. A prompt phase takes as long as its
+floating-point operations at the measured rate or, if longer, reading its weights; a token as long as reading its
+weights and cache; each layer and each token has an overhead besides, which adds up on a CPU and overlaps on a GPU.
+`llm2slm benchmark` prints these predictions beside what it measures.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ..utils import check_new_file, write_json
 from .costs import Costs, costs_of
 from .machine_speed import MachineSpeed, measure_machine_speed
 from .random_models import load_config
+from .report import describe_busy
 
 
 def estimate(
@@ -168,5 +169,6 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{report['speed_up_per_token']:.1f}x per token; LLM-to-SLM ends {when}.",
         f"This machine: {speed['bandwidth'] / 1e9:.1f} GB/s, {speed['flops'] / 1e9:.0f} GFLOP/s, "
         f"{1e3 * speed['layer_s']:.2f} ms a layer and {1e3 * speed['token_s']:.2f} ms a token besides.",
+        *describe_busy(speed),
     ]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from ..language_models import choose_device
-from ..utils import check_new_file, cpu_model, read_json, reset_peak, resident_bytes, write_json
+from ..utils import check_installed, check_new_file, cpu_model, reset_peak, resident_bytes, write_json
 from .costs import costs_of
 from .estimate import predict
 from .machine_speed import measure_machine_speed
@@ -40,6 +40,7 @@ from .report import (
     plot_latencies,
     plot_quality,
     ratios_of,
+    read_quality,
     summary,
 )
 from .runners import Runner, Workload, load_runners
@@ -97,7 +98,7 @@ def benchmark(
     Raises:
         OSError: if a model is missing, or an output exists.
         ValueError: if arguments disagree, or the lengths are more than a model takes.
-        ImportError: if the package of a system is missing.
+        ImportError: if the package of a system, or what draws pictures, is missing.
     """
     arguments = dict(locals())
     if model is None and (llm is None or slm is None):
@@ -106,6 +107,8 @@ def benchmark(
         raise ValueError("--model brings its own SLM: leave out --slm.")
     if response_length < 2:
         raise ValueError("--response-length must be at least 2: the time per token is taken from the second on.")
+    if plot or quality_plot:
+        check_installed("A picture", "matplotlib")
     scores = read_quality(quality, metric)
     for path in (output, plot, quality_plot):
         check_new_file(path)
@@ -134,34 +137,8 @@ def benchmark(
     if plot:
         plot_latencies(report, plot)
     if quality_plot:
-        points = [
-            (system["name"], system["end_to_end_s"]["median"], scores[system["name"]])
-            for system in report["systems"]
-            if system["name"] in scores
-        ]
-        seconds = f"seconds for {response_length} tokens, end to end (log)"
-        plot_quality(points, seconds, f"{metric}, 95% interval", quality_plot, log=True)
+        plot_quality(report, scores, metric, quality_plot)
     return report
-
-
-def read_quality(pairs: Sequence[str], metric: str) -> dict[str, dict[str, float]]:
-    """
-    Reads the scores of `SYSTEM=REPORT` pairs, evaluation reports.
-
-    Raises:
-        OSError: if a report is missing.
-        ValueError: if one has no such score, or a pair is not written so.
-    """
-    scores = {}
-    for pair in pairs:
-        name, _, path = pair.partition("=")
-        if not path:
-            raise ValueError(f"--quality takes SYSTEM=REPORT.json, got {pair!r}.")
-        found = read_json(path).get("scores", {})
-        if metric not in found:
-            raise ValueError(f"{path} has no score {metric!r}, only {sorted(found)}.")
-        scores[name] = found[metric]
-    return scores
 
 
 # -------------------------------------------------------------------------------------------------------- predictions

@@ -81,15 +81,17 @@ def load_config(name: str) -> "PretrainedConfig":
 
     Raises:
         OSError: if there is no such model.
+        ImportError: if it is a GGUF file, and the package that reads these is missing.
     """
     from transformers import AutoConfig
 
-    from ..loading_llm2slm import split_gguf
+    from ..loading_llm2slm import check_gguf, split_gguf
 
     if name in SIZES:
         model_type, sizes = SIZES[name]
         return AutoConfig.for_model(model_type, **sizes)
     folder, gguf_file = split_gguf(name, None)
+    check_gguf(gguf_file)
     kwargs = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoConfig.from_pretrained(folder, **kwargs)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils import check_installed, read_json
+
 # What can be measured; those behind `llm` have to be asked for.
 SYSTEMS = {
     "slm": "the SLM alone, on its own embeddings of as many tokens",
@@ -20,6 +22,10 @@ SYSTEMS = {
     "llama.cpp": "a GGUF LLM in llama.cpp, as quantized (pip install llama-cpp-python)",
 }
 DEFAULT_SYSTEMS = ["slm", "llm2slm", "llm"]
+
+# Of a busy machine: how many times as long as the fastest tenth of some calls the middle one takes, and the share of its
+# time that a call has a processor. A quiet one has 1.1 and 1.0; two others on both cores made it 8.9 and 0.4.
+WIDE_SPREAD, LITTLE_RUNNING = 1.5, 0.8
 
 # Name of a ratio: the figure it is about, numerator, denominator.
 RATIOS = {
@@ -149,7 +155,24 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"This machine: {probed['bandwidth'] / 1e9:.1f} GB/s of weights, "
             f"{probed['flops'] / 1e9:.0f} GFLOP/s. A token's limit is its bytes at that bandwidth."
         )
+        lines += describe_busy(probed)
     return "\n".join(lines)
+
+
+def is_busy(spread: float, running: float) -> bool:
+    """Whether others used the machine while calls were timed: see [`~llm2slm.benchmark.machine_speed.MachineSpeed`]."""
+    return spread > WIDE_SPREAD or running < LITTLE_RUNNING
+
+
+def describe_busy(speed: dict[str, Any]) -> list[str]:
+    """What is to be said of a measured speed: nothing, unless the machine was busy."""
+    spread, running = speed.get("spread", 1.0), speed.get("running", 1.0)  # older reports have neither
+    if not is_busy(spread, running):
+        return []
+    return [
+        f"Measured while the machine was busy: repeat when quiet. (The middle call took up to {spread:.1f} times as "
+        f"long as the fastest tenth, and waited up to {1 - running:.0%} of its time for a processor.)"
+    ]
 
 
 def spread(figure: dict[str, float]) -> str:
@@ -164,6 +187,7 @@ def spread(figure: dict[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------------ pictures
 def plot_latencies(report: dict[str, Any], path: str) -> None:
     """Draws how long each system takes to write so many tokens, and where LLM-to-SLM overtakes the LLM, as a PNG."""
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
@@ -185,31 +209,59 @@ def plot_latencies(report: dict[str, Any], path: str) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+def read_quality(pairs: Iterable[str], metric: str) -> list[tuple[str, str, dict[str, float]]]:
+    """
+    Reads the scores of `SYSTEM=REPORT` pairs: a measured system, and the evaluation report that has its score.
+
+    Returns:
+        `list[tuple[str, str, dict[str, float]]]`: for each pair the measured system, what the report calls the system,
+        and its score: `score`, and the 95% interval `low` and `high`.
+
+    Raises:
+        OSError: if a report is missing.
+        ValueError: if a pair is not written so, or a file is not such a report or lacks the score.
+    """
+    quality = []
+    for pair in pairs:
+        system, _, path = pair.partition("=")
+        if not path:
+            raise ValueError(f"Quality is given as SYSTEM=REPORT.json, got {pair!r}.")
+        evaluation = read_json(path, "system", "scores")
+        if metric not in evaluation["scores"]:
+            raise ValueError(f"{path} has no score {metric!r}, only {sorted(evaluation['scores'])}.")
+        quality.append((system, evaluation["system"], evaluation["scores"][metric]))
+    return quality
+
+
 def plot_quality(
-    points: Iterable[tuple[str, float, dict[str, float]]], xlabel: str, ylabel: str, path: str, log: bool = False
+    report: dict[str, Any], quality: Iterable[tuple[str, str, dict[str, float]]], metric: str, path: str
 ) -> None:
     r"""
     Draws scores against seconds, as a PNG.
 
     Args:
-        points (`Iterable[tuple[str, float, dict[str, float]]]`):
-            Of each system its name, its seconds, and its score as an evaluation report has it: `score`, and the 95%
-            interval `low` and `high`.
-        xlabel, ylabel (`str`): What the axes say.
+        report (`dict[str, Any]`): A benchmark's report, which has the seconds of each system.
+        quality (`Iterable[tuple[str, str, dict[str, float]]]`):
+            As [`read_quality`] returns it. A system that was not measured is left out.
+        metric (`str`): The score's name.
         path (`str`): The file.
-        log (`bool`, *optional*, defaults to `False`): Whether seconds are drawn in powers of ten, rather than from 0.
     """
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
+    seconds = {system["name"]: system["end_to_end_s"]["median"] for system in report["systems"]}
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
-    for name, seconds, score in points:
-        interval = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
-        axes.errorbar(seconds, score["score"], yerr=interval, fmt="o", capsize=4, label=name)
-    axes.set(title="Speed and quality", xlabel=xlabel, ylabel=ylabel)
-    if log:
-        axes.set_xscale("log")
-    else:
-        axes.set_xlim(left=0)
+    for system, name, score in quality:
+        if system in seconds:
+            interval = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
+            label = name if name == system else f"{name} ({system})"
+            axes.errorbar(seconds[system], score["score"], yerr=interval, fmt="o", capsize=4, label=label)
+    sizes = report["arguments"]
+    axes.set(
+        xlabel=f"seconds for {sizes['response_length']} tokens after {sizes['prompt_length']}, {sizes['dtype']}",
+        ylabel=f"{metric}, 95% interval",
+    )
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, format="png")

@@ -24,7 +24,11 @@ from ..arguments_llm2slm import only_special_tokens
 from ..language_models import check_positions, load_checkpoint
 from ..loading_llm2slm import load_slm, load_tokenizer, split_gguf
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..utils import check_installed
 from .random_models import SIZES, load_config
+
+# Systems of other packages: the name it is imported by, and installed by.
+OTHERS = {"ctranslate2": ("ctranslate2", "ctranslate2"), "llama.cpp": ("llama_cpp", "llama-cpp-python")}
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ def load_runners(
         ImportError: if the package of a system is missing.
     """
     names = list(dict.fromkeys(systems))
+    for name, (module, package) in OTHERS.items():
+        if name in names:
+            check_installed(f"The system {name!r}", module, install=f"pip install {package}")
+    if "llama.cpp" in names and gguf is None:
+        raise ValueError("The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file.")
     whole_llm, alone, llm2slm = _load_models(names, work, model, llm, slm, revision)
     makers: dict[str, Callable[[], Runner]] = {
         "slm": lambda: _transformers("slm", alone, work),
@@ -262,10 +271,8 @@ def _lossless(model, llm, work: Workload) -> Runner:
 
 
 def _ctranslate2(llm, work: Workload) -> Runner:
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise ImportError("The system 'ctranslate2' needs a package: pip install ctranslate2") from error
+    import ctranslate2
+
     if llm.config.model_type != "t5":
         raise ValueError(f"The system 'ctranslate2' is for LLMs of T5's kind, got {llm.config.model_type}.")
     from tokenizers import Tokenizer, models
@@ -300,13 +307,9 @@ def _ctranslate2(llm, work: Workload) -> Runner:
     return runner
 
 
-def _llama_cpp(gguf: str | None, work: Workload) -> Runner:
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise ImportError("The system 'llama.cpp' needs a package: pip install llama-cpp-python") from error
-    if gguf is None:
-        raise ValueError("The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file.")
+def _llama_cpp(gguf: str, work: Workload) -> Runner:
+    import llama_cpp
+
     folder, name = split_gguf(gguf, None)
     path = os.path.join(folder, name) if name is not None else gguf
     if work.batch_size > 1:

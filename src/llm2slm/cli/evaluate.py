@@ -1,19 +1,21 @@
-"""Scores of a model's responses, its loss, its speed, and whether LLM-to-SLM uses its LLM; tables of several models.
+"""Scores a model's responses, its loss and its speed, and whether LLM-to-SLM uses its LLM; compares several models.
 
 ```bash
 llm2slm evaluate --model ./checkpoint --data ./simplify --split test --output llm2slm.json
 llm2slm evaluate --model ./slm-alone --data ./simplify --output slm.json --num-beams 4
 llm2slm evaluate --model ./llm --data ./simplify --few-shot 3 --instruction "Say it simply." --output few-shot.json
 llm2slm evaluate --compare slm.json llm2slm.json few-shot.json --output table.md
+llm2slm evaluate --show slm.json llm2slm.json --max-examples 5
 ```
 
 The model is an LLM-to-SLM checkpoint, a causal language model, an encoder-decoder or a PEFT adapter. The report's
-texts are beside it, in a file that ends in `.jsonl`.
+texts are written beside it, into a file that ends in `.jsonl`. `--compare` and `--show` read it or, if there is none,
+the folder's `texts.parquet`.
 """
 
 from dataclasses import asdict, dataclass
 
-from ..evaluation.reports import METRICS, compare_reports, score_table
+from ..evaluation.reports import METRICS, compare_reports, score_table, show_reports
 from ..utils import check_new_file, write_whole
 from .options import DATA_HELP, DEVICE_HELP, DTYPES, option
 
@@ -57,27 +59,37 @@ class Options:
     num_beams: int = option("beam search with this many; greedy with one", 1, at_least=1)
     metrics: list[str] = option("scores", [*METRICS], metavar="NAME", choices=[*METRICS])
     output: str | None = option(
-        "new .json file for the report; with --compare: new .md file for the tables", None, metavar="FILE"
+        "new .json file for the report; with --compare and --show: new file for what is printed", None, metavar="FILE"
     )
     compare: list[str] | None = option("tables of these reports, each tested against the first", None, metavar="FILE")
+    show: list[str] | None = option(
+        "prompts, references and responses of these reports as plain text; of --max-examples, if given",
+        None,
+        metavar="FILE",
+    )
 
 
 def run(options: Options) -> None:
-    """Evaluates a model, or compares reports; errors are those of [`~llm2slm.evaluation.run.evaluate`]."""
-    if options.compare:
+    """Evaluates a model, or compares or shows reports; errors are those of the functions that it calls."""
+    if options.compare or options.show:
+        if options.compare and options.show:
+            raise ValueError("--compare and --show print different things: use one of them.")
         if options.model is not None:
-            raise ValueError("--compare reads reports: it goes without --model.")
+            raise ValueError(f"{'--compare' if options.compare else '--show'} reads reports: it goes without --model.")
         check_new_file(options.output)
-        tables = compare_reports(options.compare)
-        print(tables)
+        if options.compare:
+            text = compare_reports(options.compare)
+        else:
+            text = show_reports(options.show or [], options.max_examples)
+        print(text)
         if options.output is not None:
             with write_whole(options.output) as file:
-                file.write(tables + "\n")
+                file.write(text + "\n")
         return
     arguments = asdict(options)
-    del arguments["compare"]
+    del arguments["compare"], arguments["show"]
     if missing := [name for name in ("model", "data", "output") if arguments[name] is None]:
-        raise ValueError(f"Say --{' and --'.join(missing)}; or --compare reports.")
+        raise ValueError(f"Say --{' and --'.join(missing)}; or --compare or --show reports.")
     from ..evaluation.run import evaluate
 
     print(score_table([evaluate(**arguments)]))

@@ -6,19 +6,30 @@ llm2slm generate --model ./checkpoint --llm ./llm --stream --do-sample --tempera
 llm2slm generate --model ./checkpoint --input prompts.txt --output responses.jsonl --batch-size 16
 cat prompts.txt | llm2slm generate --model ./checkpoint
 ```
+
+With `--output` each line is a JSON object: the prompt's columns, its `response`, and a `finish_reason`, `"stop"`, or
+`"length"` of a response that was cut at its limit (`null` where there was no prompt). An interrupted run leaves
+FILE.part; the same command again goes on from there, and ends with what an uninterrupted one writes.
 """
 
+import csv
+import hashlib
+import io
 import json
+import os
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from ..utils import check_new_file, decode_text, read_json_lines, read_text, write_whole
+from ..utils import check_new_file, check_settings, decode_text, read_json_lines, read_text, write_json
 from .options import DEVICE_HELP, DTYPES, option
 
 MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
+NO_RESPONSE = {"response": "", "finish_reason": None}  # to an empty prompt
+OTHER_FORMATS = (".json", ".parquet", ".tsv", ".xlsx", ".arrow")  # their lines would be taken for prompts
 
 
 @dataclass
@@ -33,14 +44,15 @@ class Options:
 
     prompt: list[str] | None = option("one or more prompts", None)
     input: str | None = option(
-        "text, one prompt a line, or .jsonl with the column `prompt`; lines of standard input if there is no prompt",
+        "text, one prompt a line, or .jsonl or .csv with the column `prompt`; lines of standard input if there is no "
+        "prompt",
         None,
         metavar="FILE",
     )
     prompt_max_length: int | None = option("cut prompts to this many tokens of the LLM", None, at_least=1)
     output: str | None = option(
-        "new .jsonl file: each prompt's columns and its `response`; FILE.part until it is complete; responses go to "
-        "standard output if omitted",
+        "new .jsonl file: each prompt's columns, its `response` and `finish_reason`; FILE.part until it is complete, "
+        "from which the same command goes on; responses go to standard output if omitted",
         None,
         metavar="FILE",
     )
@@ -67,7 +79,7 @@ def run(options: Options) -> None:
 
     Raises:
         OSError: if a file is missing, or the output exists.
-        ValueError: if options disagree, or a prompt is empty or of the wrong type.
+        ValueError: if options disagree, a prompt is of the wrong type, or an unfinished output had other settings.
     """
     if options.prompt and options.input is not None:
         raise ValueError("--prompt and --input both say what the prompts are: leave out one.")
@@ -77,6 +89,10 @@ def run(options: Options) -> None:
         raise ValueError("--stream cannot show beam search, which chooses among whole responses at the end.")
     check_new_file(options.output)
     rows = read_prompts(options.prompt, options.input)
+    size = 1 if options.stream else options.batch_size
+    settings = settings_of(options, rows, size)
+    if options.output is not None and os.path.exists(f"{options.output}.part"):
+        check_settings(f"{options.output}.part.json", settings, f"{options.output}.part")
 
     from tqdm.auto import tqdm
     from transformers import GenerationConfig, TextStreamer, set_seed
@@ -97,28 +113,75 @@ def run(options: Options) -> None:
         # An encoder-decoder SLM's first token is its start token.
         skip_start = model.config.slm_config.is_encoder_decoder
         generate_kwargs["streamer"] = TextStreamer(tokenizer, skip_prompt=skip_start, skip_special_tokens=True)
-    if options.seed is not None:
-        set_seed(options.seed)
-
-    size = 1 if options.stream else options.batch_size
+    opened = nullcontext((None, 0)) if options.output is None else resumed(options.output, settings, size)
     progress = tqdm(total=len(rows), unit="prompt", desc="Generating", disable=options.stream or len(rows) <= size)
-    with write_whole(options.output) if options.output else nullcontext() as file, progress:
-        for start in range(0, len(rows), size):
+    cut = 0
+    with opened as (file, answered), progress:
+        progress.update(answered)
+        for start in range(answered, len(rows), size):
+            if options.seed is not None:  # of each batch its own: the same samples after an interruption
+                set_seed(options.seed + start)
             batch = rows[start : start + size]
-            responses = generate_batch(
-                model, tokenizer, [row["prompt"] for row in batch], options.prompt_max_length, **generate_kwargs
+            prompts = [row["prompt"] for row in batch if row["prompt"].strip()]
+            written = iter(
+                generate_batch(model, tokenizer, prompts, options.prompt_max_length, **generate_kwargs)
+                if prompts
+                else []
             )
-            for row, response in zip(batch, responses, strict=True):
+            for row in batch:
+                answer = next(written) if row["prompt"].strip() else NO_RESPONSE
+                cut += answer["finish_reason"] == "length"
                 if file is not None:
-                    file.write(json.dumps({**row, "response": response}, ensure_ascii=False) + "\n")
-                elif not options.stream:
-                    tqdm.write(response, file=sys.stdout)  # keeps the bar below what is written
+                    file.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
+                elif not options.stream or answer is NO_RESPONSE:  # else it has been shown
+                    tqdm.write(answer["response"], file=sys.stdout)  # keeps the bar below what is written
+            if file is not None:
+                file.flush()
             progress.update(len(batch))
+    if cut:
+        print(f"{cut} of {len(rows)} responses were cut at their limit: see --max-new-tokens.", file=sys.stderr)
 
 
+# ------------------------------------------------------------------------------------------- an output that is resumed
+def settings_of(options: Options, rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+    """What the responses depend on: whoever goes on with an unfinished output must say the same."""
+    elsewhere = ("prompt", "input", "output", "device", "stream", "batch_size")
+    settings = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+    text = json.dumps(rows, ensure_ascii=False)
+    return {"prompts": hashlib.sha256(text.encode()).hexdigest(), "batch_size": batch_size, **settings}
+
+
+@contextmanager
+def resumed(output: str, settings: dict[str, Any], batch_size: int) -> Iterator[tuple[TextIO, int]]:
+    """
+    Opens `output` + ".part", whose settings were checked, behind its last complete batch; gives it with the number of
+    prompts answered in it, and renames it to `output` at the end. Its settings are beside it, in `.part.json`.
+    """
+    part, begun, answered = Path(f"{output}.part"), Path(f"{output}.part.json"), 0
+    if part.exists() and begun.exists():
+        lines = part.read_bytes().splitlines(keepends=True)
+        complete = sum(line.endswith(b"\n") for line in lines)
+        answered = complete - complete % batch_size
+        os.truncate(part, sum(map(len, lines[:answered])))
+        print(f"Going on with {part}: {answered} prompts are answered.", file=sys.stderr)
+    else:  # what stands there without its settings is no one's
+        part.unlink(missing_ok=True)
+        write_json(begun, settings, replace=True)
+    try:
+        with open(part, "a", encoding="utf-8") as file:
+            yield file, answered
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from {part}.", file=sys.stderr)
+        raise
+    check_new_file(output)
+    os.replace(part, output)
+    begun.unlink()
+
+
+# ------------------------------------------------------------------------------------------------ prompts and responses
 def generate_batch(
     model, tokenizer, prompts: list[str], prompt_max_length: int | None = None, **generate_kwargs
-) -> list[str]:
+) -> list[dict[str, str]]:
     r"""
     Writes one response to each prompt, in one batch.
 
@@ -129,19 +192,37 @@ def generate_batch(
         prompt_max_length (`int`, *optional*): Cuts prompts to this many tokens of the LLM.
         generate_kwargs: Arguments of `model.generate`.
 
+    Returns:
+        `list[dict[str, str]]`: of each prompt the `response`, and its `finish_reason`: `"stop"`, or `"length"` if it
+        was cut at its limit.
+
     Raises:
         ValueError: if a prompt is longer than the LLM or the SLM takes.
     """
+    import torch
+
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
     ids = model.generate(**inputs, **generate_kwargs)  # (batch_size, response_length)
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if model.config.slm_config.is_encoder_decoder:
+        ids = ids[:, 1:]  # the start token, which may be the end token too
+    ends = model.generation_config.eos_token_id
+    ended = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device)).any(dim=1).tolist()
+    return [
+        {"response": text, "finish_reason": "stop" if end else "length"}
+        for text, end in zip(texts, ended, strict=True)
+    ]
 
 
 def read_prompts(prompts: list[str] | None, path: str | None) -> list[dict[str, Any]]:
     """
     The prompts, or those in a file or standard input, as rows with the column `prompt` and whatever other columns the
-    file has.
+    file has. Empty ones in a file stay where they are, with a note.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it has another format, no column `prompt`, or no prompts, or `prompts` has an empty one.
     """
     if prompts:
         source, rows = "--prompt", [{"prompt": text} for text in prompts]
@@ -149,6 +230,10 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[dict[str, 
         raise FileNotFoundError(f"There is no file {path!r}.")
     elif path is not None and Path(path).suffix.lower() == ".jsonl":
         source, rows = path, read_json_lines(path)
+    elif path is not None and Path(path).suffix.lower() == ".csv":
+        source, rows = path, read_csv(path)
+    elif path is not None and Path(path).suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"{path} must be text, one prompt a line, or .jsonl or .csv with the column `prompt`.")
     else:
         source = path or "standard input"
         text = read_text(path) if path else decode_text(sys.stdin.buffer.read(), source)
@@ -162,6 +247,31 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> list[dict[str, 
             raise ValueError(f"{source}, row {number} has no column `prompt`, only {sorted(row)}.")
         if not isinstance(row["prompt"], str):
             raise ValueError(f"{source}, row {number}: the prompt must be a string, got {row['prompt']!r}.")
-        if not row["prompt"].strip():
-            raise ValueError(f"{source}, row {number}: the prompt is empty.")
+    empty = [number for number, row in enumerate(rows, start=1) if not row["prompt"].strip()]
+    if empty and (prompts or len(empty) == len(rows)):
+        raise ValueError(f"{source}, row {empty[0]}: the prompt is empty.")
+    if empty:
+        first = f"{len(empty)} of {len(rows)} prompts, the first in row {empty[0]}"
+        print(f"{source}: {first}, are empty, and so are their responses.", file=sys.stderr)
+    return rows
+
+
+def read_csv(path: str) -> list[dict[str, Any]]:
+    """
+    The rows of a CSV file, by the columns that its first line names.
+
+    Raises:
+        ValueError: if the file is not UTF-8, lacks the column `prompt`, or a row has more cells than there are columns.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
+    try:
+        if "prompt" not in (names := reader.fieldnames or []):
+            raise ValueError(f"{path} has no column `prompt`, only {list(names)}.")
+        rows = []
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise ValueError(f"{path}, row {number} has more cells than the {len(names)} columns {list(names)}.")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}.") from error
     return rows

@@ -18,8 +18,8 @@ from ..utils import read_text
 
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 DATA_HELP = (
-    "a folder written by save_to_disk, a .json, .jsonl, .csv or .parquet file (its split is `train`), or a data set "
-    "on the Hub (`name` or `name:configuration`)"
+    "a folder written by save_to_disk, a .json, .jsonl, .csv or .parquet file (a hash of each prompt splits it into "
+    "train, validation and test, and all is all of it), or a data set on the Hub (`name` or `name:configuration`)"
 )
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; cuda if there is one, if omitted"
 

@@ -3,15 +3,23 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from string import Formatter
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..utils import decode_text
+from .hash_split import PARTS, prompt_position, split_by_position
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What the columns of prompts and completions are called elsewhere, the surest first.
+NAMES = {
+    "prompt": "prompt instruction question query source src input article document dialogue text sentence".split(),
+    "completion": "completion response answer target tgt output summary highlights translation label".split(),
+}
 
 
 def load_pairs(
@@ -27,9 +35,11 @@ def load_pairs(
     Args:
         source (`str` or `os.PathLike`):
             A folder written by `save_to_disk`, a `.json`, `.jsonl`, `.csv` or `.parquet` file, or a name on the Hub,
-            with a configuration as `name:configuration`. A file, and a folder of one data set, is the split `train`.
+            with a configuration as `name:configuration`. A folder of one data set is the split `train`.
         split (`str`):
-            The split's name. Parts of one, such as `train[:90%]`, are for files and the Hub.
+            The split's name. A file has `train`, `validation` and `test`, chosen by a hash of each prompt (see
+            [`part_sizes`]), and `all`. Slices, such as `train[:90%]`, are for files, where they are of all rows, and
+            the Hub.
         prompt_format, completion_format (`str`, *optional*):
             The text made of a row's columns with `str.format`, such as `"{instruction}\n{input}\n"` or
             `"{translation[de]}"`. The column `prompt` or `completion` as it is if omitted.
@@ -44,17 +54,94 @@ def load_pairs(
         ValueError: if it lacks the split or a column, if one is not text, or if a file of text is not UTF-8.
     """
     formats = {"prompt": prompt_format, "completion": completion_format}
-    return make_texts(load_rows(source, split, max_examples), formats, f"{str(source)!r}, split {split!r}")
+    if not has_parts(source, split):
+        rows = load_rows(source, split, max_examples)
+        return make_texts(rows, formats, f"{str(source)!r}, split {split!r}")
+    rows = load_rows(source, "all")
+    pairs = make_texts(rows, formats, f"{str(source)!r}")  # before they are split: errors say the file's own rows
+    return _spaced(pairs.select(_part(source, rows, split, prompt_format)), max_examples)
 
 
-def load_rows(source: str | os.PathLike, split: str, max_examples: int | None = None) -> Dataset:
+def load_rows(
+    source: str | os.PathLike, split: str, max_examples: int | None = None, prompt_format: str | None = None
+) -> Dataset:
     """Loads one split of a data set with all its columns; arguments and errors are those of [`load_pairs`]."""
+    if has_parts(source, split):
+        rows = load_rows(source, "all")
+        _check_columns(rows, {"prompt": prompt_format}, f"{str(source)!r}")
+        return _spaced(rows.select(_part(source, rows, split, prompt_format)), max_examples)
     dataset = _load_split(os.fspath(source), split)
     if len(dataset) == 0:
         raise ValueError(f"The split {split!r} of {str(source)!r} has no rows.")
-    if max_examples is not None and max_examples < len(dataset):
-        dataset = dataset.select([i * len(dataset) // max_examples for i in range(max_examples)])
-    return dataset
+    return _spaced(dataset, max_examples)
+
+
+def _spaced(rows: Dataset, number: int | None) -> Dataset:
+    if number is None or number >= len(rows):
+        return rows
+    return rows.select([i * len(rows) // number for i in range(number)])
+
+
+def has_parts(source: str | os.PathLike, split: str) -> bool:
+    """Whether `split` is a part of a file that a hash of each prompt chooses."""
+    return split in PARTS and os.path.isfile(source)
+
+
+def part_sizes(source: str | os.PathLike, prompt_format: str | None = None) -> dict[str, int]:
+    r"""
+    The rows of each part of a file: about 90% train, 5% validate and 5% test; of less than 400 rows 20 or, if less,
+    10% validate and test. The parts depend on the columns that `prompt_format` names, and on nothing else of it.
+
+    Args:
+        source (`str` or `os.PathLike`): The file.
+        prompt_format (`str`, *optional*): As [`load_pairs`] takes it.
+
+    Returns:
+        `dict[str, int]`: the number of rows in `train`, `validation` and `test`.
+    """
+    rows = load_rows(source, "all")
+    _check_columns(rows, {"prompt": prompt_format}, f"{str(source)!r}")
+    return {name: len(part) for name, part in _parts(rows, prompt_format).items()}
+
+
+def describe_parts(source: str | os.PathLike, sizes: dict[str, int]) -> str:
+    """One sentence on how a file was split."""
+    return (
+        f"{os.fspath(source)} is one file: a hash of each prompt chooses {sizes['train']:,} rows to train, "
+        f"{sizes['validation']:,} to validate and {sizes['test']:,} to test, always the same (`all` is all of them)."
+    )
+
+
+def _part(source: str | os.PathLike, rows: Dataset, split: str, prompt_format: str | None) -> list[int]:
+    part = _parts(rows, prompt_format)[split]
+    if not part:
+        raise ValueError(
+            f"{str(source)!r} has too few different prompts ({len(rows)} rows) for a part {split!r}: the split 'all' "
+            "is all of them, and --validation-split none trains without evaluation."
+        )
+    return part
+
+
+def _parts(rows: Dataset, prompt_format: str | None) -> dict[str, list[int]]:
+    columns = ["prompt"] if prompt_format is None else sorted(set(_columns_of("prompt", prompt_format)))
+    fields = sorted({field for _, field, _, _ in Formatter().parse(prompt_format or "{prompt}") if field})
+
+    def place(row: dict[str, Any]) -> dict[str, float]:
+        try:
+            texts = [_plain(Formatter().get_field(field, (), row)[0]) for field in fields]
+        except (LookupError, AttributeError):  # which is an error where texts are made
+            texts = [_plain(row[column]) for column in columns]
+        return {"position": prompt_position("\n".join(texts))}
+
+    found = rows.select_columns(columns).map(place, remove_columns=columns, desc="Hashing prompts")
+    return split_by_position(found["position"][:])
+
+
+def _plain(value: Any) -> str:
+    """The text of a column's value, which may be messages."""
+    if isinstance(value, list):
+        return "\n".join(str(part.get("content")) if isinstance(part, dict) else str(part) for part in value)
+    return str(value)
 
 
 def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dataset:
@@ -69,18 +156,63 @@ def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dat
     Raises:
         ValueError: if a column is missing, or one is not text.
     """
-    for name, text_format in formats.items():
-        columns = [name] if text_format is None else _columns_of(name, text_format)
-        if missing := [column for column in columns if column not in rows.column_names]:
-            raise ValueError(
-                f"{where}, has no column {missing[0]!r} for the {name}, only {rows.column_names}. `{name}_format` "
-                f"says how a {name} is made of the columns."
-            )
+    _check_columns(rows, formats, where)
 
     def texts(row: dict, index: int) -> dict:
         return {name: _text(name, text_format, row, f"{where}, row {index}") for name, text_format in formats.items()}
 
     return rows.map(texts, with_indices=True, remove_columns=rows.column_names, desc="Reading texts")
+
+
+def _check_columns(rows: Dataset, formats: dict[str, str | None], where: str) -> None:
+    for name, text_format in formats.items():
+        columns = [name] if text_format is None else _columns_of(name, text_format)
+        if missing := [column for column in columns if column not in rows.column_names]:
+            raise ValueError(
+                f"{where}: no column {missing[0]!r} for the {name}, only {rows.column_names}. "
+                f"{_advise_formats(rows, formats)}"
+            )
+
+
+def _advise_formats(rows: Dataset, formats: dict[str, str | None]) -> str:
+    """The options that would make texts of the columns there are, with a guess which these are."""
+    (only, *more) = rows.column_names
+    if not more and (separator := re.search("[;\t|]", only)):
+        return f"Its columns seem to stand between {separator[0]!r}: in a CSV file it must be commas."
+    wanted = [
+        name
+        for name, text_format in formats.items()
+        if any(column not in rows.column_names for column in _columns_of(name, text_format or f"{{{name}}}"))
+    ]
+    guessed = _guess_fields(rows, wanted)
+    options = " ".join(f"--{name}-format '{{{guessed.get(name, 'COLUMN')}}}'" for name in wanted)
+    python = " and ".join(f"`{name}_format`" for name in wanted)
+    return f"Say how texts are made of the columns: {options} ({python} in Python and in recipes)."
+
+
+def _guess_fields(rows: Dataset, wanted: list[str]) -> dict[str, str]:
+    """The field of a format for each wanted text: by the columns' names or, if there are as many, by their order."""
+    fields: dict[str, str] = {}  # and the name of each
+    for column, feature in rows.features.items():
+        parts = {f"{column}[{key}]": (key, part) for key, part in feature.items()} if isinstance(feature, dict) else {}
+        for field, (name, part) in (parts or {column: (column, feature)}).items():
+            is_text = getattr(part, "dtype", None) in ("string", "large_string")
+            if is_text and re.fullmatch(r"[\w -]+(\[[\w -]+\])?", field) and len(field) <= 40:
+                fields[field] = name.lower()
+    for name in {"prompt", "completion"} - set(wanted):
+        fields.pop(name, None)
+    guessed = {}
+    for name in wanted:
+        known = sorted((NAMES[name].index(called), field) for field, called in fields.items() if called in NAMES[name])
+        if known:
+            guessed[name] = known[0][1]
+    if len(guessed) == len(wanted):
+        return guessed
+    languages = [field for field, called in fields.items() if re.fullmatch("(?!id)[a-z]{2}", called)]
+    for candidates in (list(fields), languages):
+        if len(candidates) == len(wanted):
+            return dict(zip(wanted, candidates, strict=True))
+    return guessed
 
 
 def format_of_text(prompt_format: str | None) -> str | None:
@@ -124,6 +256,7 @@ def _load_split(source: str, split: str) -> Dataset:
             raise ValueError(f"{source!r} has no split {split!r}, only {list(splits)}.")
         return splits[split]
     suffix = Path(source).suffix.lower()
+    options: dict[str, Any] = {}
     if suffix in FILE_TYPES or os.path.isfile(source):
         if not os.path.isfile(source):
             raise FileNotFoundError(f"There is no file {source!r}.")
@@ -133,11 +266,15 @@ def _load_split(source: str, split: str) -> Dataset:
             with open(source, "rb") as file:
                 for line in file:
                     decode_text(line, source)
+        if split != "all" and "[" not in split:
+            raise ValueError(f"{source!r} has no split {split!r}: a file has {', '.join(PARTS)} and all.")
         name, configuration, files = FILE_TYPES[suffix], None, {"train": source}
+        if suffix == ".csv":  # cells such as "None" and "NA" are texts, and an empty one is an empty text
+            options["keep_default_na"] = False
     else:
         (name, _, configuration), files = source.partition(":"), None
     try:
-        return load_dataset(name, configuration or None, data_files=files, split=split)
+        return load_dataset(name, configuration or None, data_files=files, split=split, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{source!r} cannot be read: {error.__cause__ or error}") from error
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -161,7 +298,10 @@ def _text(name: str, text_format: str | None, row: dict, where: str) -> str | li
     if text_format is None:
         value = row[name]
         if not isinstance(value, (str, list)):
-            raise ValueError(f"{where}: the column {name!r} must be a string or a list of messages, got {value!r}.")
+            more = "" if value is None else f" `{name}_format` '{{{name}}}' makes texts of numbers."
+            raise ValueError(
+                f"{where}: the column {name!r} must be a string or a list of messages, got {value!r}.{more}"
+            )
         return value
     for column in _columns_of(name, text_format):
         if row[column] is None or isinstance(row[column], list):

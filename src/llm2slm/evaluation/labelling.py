@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils import check_new_file, machine, versions, write_json
+from ..utils import check_installed, check_new_file, check_settings, machine, versions, write_json
 
 SETTINGS, RECORD = "settings.json", "label.json"
 
@@ -90,13 +90,13 @@ def label(
         raise ValueError("--temperature and --top-p are about sampling: add --do-sample.")
     output = output.rstrip(os.sep)
     check_new_file(output)
-    try:
-        from datasets import DatasetDict
-    except ImportError as error:
-        raise ImportError(f"{error}. Labelling needs: pip install 'llm-to-slm[train]'") from error
-    from ..language_models import load_model, set_generation
+    check_installed("Labelling", "datasets")
+    from datasets import DatasetDict
+
+    from ..language_models import choose_device, load_model, set_generation
     from ..training.run_folder import read_run
 
+    choose_device(device)  # one that is not there is said before anything is read
     trained = read_run(llm)
     # A format that is given, or recorded, is the whole of it; without one the tokenizer's own, if any, is put around.
     if prompt_format is None:
@@ -107,7 +107,7 @@ def label(
     rows, prompts = read_prompts(data, split, prompt_format, max_examples, shots, instruction)
     work = Path(f"{output}.part")
     settings["fingerprint"] = hash_prompts(prompts, shots)
-    check_work_folder(work, settings)
+    check_settings(work / SETTINGS, settings, work)
 
     model, tokenizer = load_model(llm, revision, base, dtype, device, (trained["llm"] or {}).get("name_or_path"))
     set_generation(model, tokenizer, max_new_tokens, num_beams=1)
@@ -185,13 +185,15 @@ def read_prompts(
         OSError: if there is no such data set.
         ValueError: if it lacks a split or a column, or a prompt is empty or not what the options are for.
     """
-    from ..data.pairs import load_rows, make_texts
+    from ..data.pairs import describe_parts, has_parts, load_rows, make_texts, part_sizes
 
+    if any(has_parts(data, split) for split in splits):
+        print(describe_parts(data, part_sizes(data, prompt_format)))
     shown = [shot["prompt"] for shot in shots]
     rows, prompts = {}, {}
     for split in splits:
         where = f"{data!r}, split {split!r}"
-        dataset = load_rows(data, split, max_examples)
+        dataset = load_rows(data, split, max_examples, prompt_format)
         texts = make_texts(dataset, {"prompt": prompt_format}, where)["prompt"][:]
         for number, text in enumerate(texts):
             if not (text if isinstance(text, list) else text.strip()):
@@ -274,23 +276,6 @@ def check_lengths(config, ids: dict[str, list[list[int]]], max_new_tokens: int) 
 def hash_prompts(prompts: dict[str, list], shots: list[dict]) -> str:
     """The SHA-256 of what the LLM reads, by which an interrupted labelling is recognised."""
     return hashlib.sha256(json.dumps([prompts, shots], ensure_ascii=False).encode()).hexdigest()
-
-
-def check_work_folder(work: Path, settings: dict[str, Any]) -> None:
-    """
-    Checks that what was begun, if anything was, is this labelling.
-
-    Raises:
-        ValueError: if it is another one.
-    """
-    if not (work / SETTINGS).exists():
-        return
-    begun = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
-    if other := [name for name in settings if begun.get(name) != settings[name]]:
-        raise ValueError(
-            f"{work} was begun with other settings: `{other[0]}` was {begun.get(other[0])!r}, and is "
-            f"{settings[other[0]]!r}. Say the same, choose another --output, or delete the folder."
-        )
 
 
 def open_work_folder(work: Path, settings: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+
+from ..utils import check_installed
 
 
 @dataclass
@@ -55,6 +55,10 @@ def compute_statistics(name: str, predictions: Sequence[str], references: Sequen
             f"There must be as many references as predictions, and at least one; got {len(predictions)} predictions "
             f"and {len(references)} references."
         )
+    check_installed("Scoring", "rouge_score", "sacrebleu")
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+
     if name in ("bleu", "chrf"):
         return _sacrebleu_statistics(BLEU() if name == "bleu" else CHRF(), predictions, references)
     if name in ("rouge1", "rouge2", "rougeL"):

@@ -1,4 +1,4 @@
-"""Reports of `llm2slm evaluate` side by side: a table of their scores, and paired tests against the first."""
+"""Reports of `llm2slm evaluate` side by side: tables of scores, paired tests against the first, and the texts."""
 
 import json
 import os
@@ -15,6 +15,9 @@ METRICS = {
     "rougeL": "ROUGE-L",
     "exact_match": "Exact match",
 }
+PACKED_TEXTS = "texts.parquet"  # the texts of all reports in a folder, as `experiments/pack_texts.py` writes them
+# Nats a token. Of a smaller loss, and beyond ten times a loss, a percentage tells nothing: both losses are printed.
+LEAST_LOSS = 0.01
 
 
 def compare_reports(paths: list[str], name: str | None = None) -> str:
@@ -26,8 +29,9 @@ def compare_reports(paths: list[str], name: str | None = None) -> str:
         name (`str`, *optional*): What the first one's system is called; as the report says if omitted.
 
     Raises:
-        OSError: if a report, or the texts beside it, are missing.
+        OSError: if a report or its texts are missing.
         ValueError: if a file is something else, or the reports are about different data.
+        ImportError: if the packages that compute the metrics are missing.
     """
     if len(paths) == 1:
         reports, texts = [read_report(paths[0])], None
@@ -39,8 +43,36 @@ def compare_reports(paths: list[str], name: str | None = None) -> str:
     return scores if texts is None else f"{scores}\n\n{difference_table(reports, texts)}"
 
 
+def show_reports(paths: list[str], max_examples: int | None = None) -> str:
+    """
+    The texts of several reports, example by example: prompt, reference, and the response of each system.
+
+    Args:
+        paths (`list[str]`): The reports; prompts are those of the first.
+        max_examples (`int`, *optional*): This many examples, evenly spaced. All if omitted, or if there are no more.
+
+    Raises:
+        OSError: if a report or its texts are missing.
+        ValueError: if a file is something else, or the reports are about different data.
+    """
+    reports, texts = read_reports(paths)
+    labels = ["prompt", "reference", *(report["system"] for report in reports)]
+    width = 2 + max(len(label) for label in labels)
+    total = len(texts[0])
+    shown = min(total, max_examples or total)
+    blocks = []
+    for i in (k * total // shown for k in range(shown)):
+        values = [texts[0][i]["prompt"], texts[0][i]["completion"], *(rows[i]["response"] for rows in texts)]
+        lines = [f"Example {i + 1:,} of {total:,}"]
+        for label, value in zip(labels, values, strict=True):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # a chat
+            lines.append(label.ljust(width) + text.rstrip("\n").replace("\n", "\n" + " " * width))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
 def texts_path(report_path: str) -> str:
-    """Where a report's texts are."""
+    """Where `llm2slm evaluate` writes a report's texts."""
     return str(Path(report_path).with_suffix(".jsonl"))
 
 
@@ -49,7 +81,7 @@ def read_reports(paths: list[str]) -> tuple[list[dict[str, Any]], list[list[dict
     Several reports about the same data, and the texts of each.
 
     Raises:
-        OSError: if a report, or the texts beside it, are missing.
+        OSError: if a report or its texts are missing.
         ValueError: if a file is something else, or the reports are about different data.
     """
     reports = [read_report(path) for path in paths]
@@ -84,22 +116,51 @@ def read_report(path: str) -> dict[str, Any]:
 
 def read_texts(path: str, num_examples: int) -> list[dict[str, str]]:
     """
-    The texts beside a report.
+    A report's texts, of the `.jsonl` file beside it or, if there is none, of its folder's `texts.parquet`.
 
     Raises:
-        OSError: if they are not there.
-        ValueError: if they are not as many as the report says.
+        OSError: if there is neither.
+        ValueError: if they are not as many as the report says, or the file is something else.
+        ImportError: if reading Parquet needs a package that is missing.
     """
-    beside = texts_path(path)
-    if not os.path.isfile(beside):
-        raise FileNotFoundError(f"The texts of {path} are needed beside it, but there is no {beside}.")
-    texts = read_json_lines(beside)
+    source, packed = texts_path(path), str(Path(path).with_name(PACKED_TEXTS))
+    if os.path.isfile(source):
+        texts = read_json_lines(source)
+    elif os.path.isfile(packed):
+        source, texts = packed, read_packed_texts(packed, Path(path).stem)
+    else:
+        raise FileNotFoundError(f"The texts of {path} are needed beside it, but there is no {source} and no {packed}.")
     if len(texts) != num_examples:
-        raise ValueError(f"{beside} has {len(texts)} texts, but {path} says {num_examples} examples.")
+        raise ValueError(f"{source} has {len(texts)} texts, but {path} says {num_examples} examples.")
     for number, row in enumerate(texts, start=1):
-        if missing := {"completion", "response"} - set(row):
-            raise ValueError(f"{beside}, row {number} has no {' and no '.join(sorted(missing))}.")
+        if missing := {"prompt", "completion", "response"} - set(row):
+            raise ValueError(f"{source}, row {number} has no {' and no '.join(sorted(missing))}.")
     return texts
+
+
+def read_packed_texts(path: str, name: str) -> list[dict[str, str]]:
+    """
+    The texts of one report out of a folder's Parquet file.
+
+    Args:
+        path (`str`): The file, with the columns `report`, `prompt`, `completion` and `response`.
+        name (`str`): The report's file name without `.json`.
+
+    Raises:
+        ValueError: if the file is something else, or has no texts of this report.
+        ImportError: if pyarrow is missing.
+    """
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ImportError(f"{error}. Reading {path} needs: pip install 'llm-to-slm[train]'") from error
+    try:
+        table = parquet.read_table(path, filters=[("report", "=", name)])
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file with the texts of reports: {error}") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path} has no texts of the report {name!r}.")
+    return table.drop_columns("report").to_pylist()
 
 
 def score_table(reports: list[dict[str, Any]]) -> str:
@@ -119,7 +180,7 @@ def score_table(reports: list[dict[str, Any]]) -> str:
         cells.append(f"{report['loss']:.3f}")
         if with_shuffled:
             shuffled = report.get("shuffled_states")
-            cells.append(f"{shuffled['shuffled_loss']:.3f} ({shuffled['increase']:+.1%})" if shuffled else "")
+            cells.append(_shuffled_cell(shuffled) if shuffled else "")
         cells += [f"{report['speed'][name]:.3g}" for name in ("examples_per_second", "tokens_per_second")]
         if with_costs:
             costs = report.get("costs")
@@ -131,9 +192,23 @@ def score_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
 
 
+def _shuffled_cell(shuffled: dict[str, float]) -> str:
+    return f"{shuffled['shuffled_loss']:.3f}{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}"
+
+
+def describe_increase(loss: float, changed: float) -> str:
+    """By how many percent a loss changed, in brackets behind a space; nothing where it was next to nothing before."""
+    if loss < LEAST_LOSS or changed > 10 * loss:
+        return ""
+    return f" ({changed / loss - 1:+.1%})"
+
+
 def difference_table(reports: list[dict[str, Any]], texts: list[list[dict[str, str]]]) -> str:
     """One row a system but the first: what it scores more than the first, the interval, and p of a paired test."""
-    from .metrics import compare, compute_statistics
+    try:
+        from .metrics import compare, compute_statistics
+    except ImportError as error:
+        raise ImportError(f"{error}. Comparing texts needs: pip install 'llm-to-slm[train]'") from error
 
     names = [name for name in METRICS if all(name in report["scores"] for report in reports)]
     header = [f"Minus {reports[0]['system']}", *(METRICS[name] for name in names)]

@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..utils import check_new_file, machine, versions, write_json, write_whole
+from ..utils import check_installed, check_new_file, machine, versions, write_json, write_whole
+from .metrics import score_texts
 from .reports import METRICS, texts_path
 
 
@@ -65,20 +66,26 @@ def evaluate(
         raise ValueError(f"--output must end in .json (the texts go beside it, into .jsonl), got {output!r}.")
     check_new_file(output)
     check_new_file(texts_path(output))
-    score_texts, pairs = import_extras()
+    check_installed("Evaluation", "datasets", "rouge_score", "sacrebleu")
+    from ..data import pairs
+    from ..language_models import choose_device, load_model
     from ..training.run_folder import read_run
 
+    choose_device(device)  # one that is not there is said before anything is read
     trained = read_run(model)
     if prompt_max_length is None and not (few_shot or instruction):
         prompt_max_length = trained_prompt_limit(trained["recipe"])
     formats = {"prompt_format": prompt_format, "completion_format": completion_format}
     formats = {name: trained["data"].get(name) if text is None else text for name, text in formats.items()}
     dataset = pairs.load_pairs(data, split, **formats, max_examples=max_examples)
+    parts = None
+    if pairs.has_parts(data, split) or (few_shot and pairs.has_parts(data, few_shot_split)):
+        check_held_out(trained["data"], model, data, split)
+        parts = pairs.part_sizes(data, formats["prompt_format"])
+        print(pairs.describe_parts(data, parts))
     shots = []
     if few_shot:
         shots = pairs.load_pairs(data, few_shot_split, **formats, max_examples=few_shot).to_list()
-
-    from ..language_models import load_model
 
     trained_llm = (trained["llm"] or {}).get("name_or_path")
     loaded, tokenizer = load_model(model, revision, llm, dtype, device, trained_llm)
@@ -97,6 +104,7 @@ def evaluate(
             "split": split,
             "fingerprint": pairs.hash_texts(dataset),
             "examples": len(rows),
+            "parts": parts,  # of a file that was split by a hash of its prompts
             **formats,
         },
         "scores": {name: score_texts(name, responses, references) for name in metrics},
@@ -121,14 +129,20 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------------------- what is evaluated
-def import_extras():
-    """What needs packages of the extra `train`: the scores, and the pairs."""
-    try:
-        from ..data import pairs
-        from .metrics import score_texts
-    except ImportError as error:
-        raise ImportError(f"{error}. Evaluation needs: pip install 'llm-to-slm[train]'") from error
-    return score_texts, pairs
+def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -> None:
+    """
+    Checks that a part of a file was held out when the model was trained on that file.
+
+    Raises:
+        ValueError: if the training chose its rows of the file otherwise.
+    """
+    source = trained.get("source", "")
+    if split == "train" or trained.get("parts") or not os.path.exists(source) or not os.path.samefile(source, data):
+        return
+    raise ValueError(
+        f"{model!r} was trained on rows of {data} that are not its part 'train': it may have learned from rows of "
+        f"{split!r}. Name the rows with --split, such as 'train[90%:]' or 'all'."
+    )
 
 
 def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
@@ -203,7 +217,8 @@ def measure(
     if model.config.model_type == "llm2slm" and len(rows) > 1:
         donors = shuffle_among_like([len(row["input_ids"]) for row in rows])
         loss, shuffled = measured["loss"], held_out_loss(model, tokenizer, rows, order, batch_size, donors)
-        measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": shuffled / loss - 1}
+        increase = shuffled / loss - 1 if loss else None
+        measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": increase}
     set_generation(model, tokenizer, max_new_tokens, num_beams)
     responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, batch_size, stop)
     measured["costs"] = count_costs(model.config, rows, measured["speed"], num_beams)

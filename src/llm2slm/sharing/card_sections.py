@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import METRICS, compare_reports, read_texts
+from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_texts
 from ..utils import read_json
 
 METHOD = "[LLM-to-SLM](https://arxiv.org/abs/2402.16844)"
@@ -156,7 +157,8 @@ def describe_results(name: str, reports: list[str], own: dict | None) -> dict[st
         "shuffled_states": shuffled
         and (
             f"With the LLM's states of other prompts in place of its own, the loss per response token is "
-            f"{shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f} ({shuffled['increase']:+.1%})."
+            f"{shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f}"
+            f"{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}."
         ),
     }
 
@@ -181,6 +183,11 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
         for side in ("prompt", "completion")
         if data[f"{side}_format"]
     ]
+    parts = data.get("parts")  # older records have none
+    split_by = parts and (
+        f"The file was split by a hash of each prompt into {parts['train']:,} rows to train, {parts['validation']:,} "
+        f"to validate and {parts['test']:,} to test. "
+    )
     sizes = [
         f"{count(number)} {part}{' (frozen)' if part == 'llm' and trained['arm'] == 'llm2slm' else ''}"
         for part, number in trained["parameters"].items()
@@ -190,7 +197,7 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
     said = [f"{loss:.3f} ({what})" for what, loss in losses.items() if loss is not None]
     return [
         f"Data: {source}, {data['train_pairs']:,} training and {data['validation_pairs']:,} validation pairs"
-        f"{''.join(formats)}. SHA-256 of the training texts: `{data['fingerprint']}`.",
+        f"{''.join(formats)}. {split_by or ''}SHA-256 of the training texts: `{data['fingerprint']}`.",
         f"Parameters: {', '.join(sizes)}.",
         f"{train['steps']:,} optimizer steps ({train['epochs']:.2f} epochs) in {duration(train['seconds'])} on "
         f"{processor(machine)}{memory}; "
@@ -215,8 +222,9 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
         f"{limits['response_max_length']}; longer ones were {longer}.",
         f"It was trained for one task, that of its data. {measured}, nor how its responses may mislead or harm.",
     ]
-    if trained["data"]["prompt_format"]:
-        brought = "; its tokenizer brings a text into it" if trained["arm"] == "llm2slm" else ""
+    if trained["data"]["prompt_format"] and not re.fullmatch(r"\{[^{}]*\}", trained["data"]["prompt_format"]):
+        by_tokenizer = trained["arm"] == "llm2slm" and read_json(str(folder / "config.json")).get("prompt_format")
+        brought = "; its tokenizer brings a text into it" if by_tokenizer else ""
         form = as_code(trained["data"]["prompt_format"])
         lines.append(f"It expects prompts in the form of its training, {form}{brought}.")
     if trained["arm"] == "llm2slm":

@@ -28,7 +28,11 @@ class TrainOptions:
         "llm2slm",
         "llm2slm: projector and SLM, behind the frozen LLM; slm: the SLM alone; llm: the LLM alone, with LoRA",
     )
-    data: str = _option("", "folder written by save_to_disk, .json, .jsonl, .csv or .parquet file, or name on the Hub")
+    data: str = _option(
+        "",
+        "folder written by save_to_disk, .json, .jsonl, .csv or .parquet file (a hash of each prompt splits it into"
+        " train, validation and test, and all is all of it), or name on the Hub",
+    )
     train_split: str = _option("train", "split that is learned from")
     validation_split: str = _option("validation", "split whose loss chooses the best checkpoint; none: no evaluation")
     prompt_format: str | None = _option(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..language_models import whole_model
+from ..utils import check_installed
 
 
 def count_parameters(arm: str, model) -> dict[str, int]:
@@ -22,6 +23,7 @@ def count_trained(model) -> int:
 
 def plot_losses(log_history: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draws training and evaluation loss against steps, as a PNG."""
+    check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()

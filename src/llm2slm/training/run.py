@@ -12,9 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from ..data.pairs import hash_texts, recorded_source
+from ..data.pairs import describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
-from ..utils import machine, peak_memory_gib, versions, write_json
+from ..utils import check_installed, machine, peak_memory_gib, versions, write_json
 from . import record, setup
 from .options import TrainOptions
 from .run_folder import (
@@ -35,8 +35,8 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
     Trains in a folder, `training.output_dir`: a new one, or that of the same training, which is resumed.
 
         train(
-            TrainOptions(data="pairs.jsonl", validation_split="none", llm="t5-large", slm="t5-small"),
-            TrainerOptions(output_dir="runs/t5", eval_strategy="no", learning_rate=1e-4),
+            TrainOptions(data="pairs.jsonl", llm="google-t5/t5-large", slm="google-t5/t5-small"),
+            TrainerOptions(output_dir="runs/t5", learning_rate=1e-4),
         )
 
     Args:
@@ -46,7 +46,9 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
     Raises:
         OSError: if data or a model is missing, the folder is another's, or the disk is too small.
         ValueError: if options or data are not right.
+        ImportError: if a package is missing.
     """
+    check_installed("Training", "datasets", "matplotlib", *([] if options.lora_r is None else ["peft"]))
     if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
@@ -70,7 +72,9 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
             shutil.rmtree(folder / START, ignore_errors=True)
             _say(training, f"This training is finished: its result is in {folder}.")
             return
-        pairs = setup.load_splits(options)
+        pairs, parts = setup.load_splits(options), setup.find_parts(options)
+        if parts is not None:
+            _say(training, describe_parts(options.data, parts))
         if options.arm != "llm" and not (folder / START).exists():
             set_seed(training.seed)
             write_folder(folder / START, lambda path: setup.write_start(options, pairs, training.device, path))
@@ -112,7 +116,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         metrics = _load_trained(trainer, checkpoint)
     else:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    finish(options, training, recipe, folder, trainer, examples, parameters, metrics)
+    finish(options, training, recipe, folder, trainer, examples, parts, parameters, metrics)
 
 
 def _steps_left(checkpoint: Path) -> int:
@@ -128,7 +132,7 @@ def _load_trained(trainer: Seq2SeqTrainer, checkpoint: Path) -> dict[str, float]
     return {"epoch": trainer.state.epoch, "total_flos": trainer.state.total_flos}
 
 
-def finish(options, training, recipe, folder: Path, trainer, examples, parameters, metrics) -> None:
+def finish(options, training, recipe, folder: Path, trainer, examples, parts, parameters, metrics) -> None:
     """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
@@ -161,6 +165,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parameter
             "fingerprint": hash_texts(examples["train"]),
             "train_pairs": len(examples["train"]),
             "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
+            "parts": parts,  # of a file that was split by a hash of its prompts
             "prompt_format": options.prompt_format,
             "completion_format": options.completion_format,
         },

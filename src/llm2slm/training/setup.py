@@ -27,7 +27,7 @@ from ..building.slm import make_slm, slice_lm
 from ..building.tokenizers import limit_tokenizer, token_map, train_tokenizer, trim_tokenizer
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
-from ..data.pairs import format_of_text, load_pairs
+from ..data.pairs import format_of_text, has_parts, load_pairs, part_sizes
 from ..data.prompt_features import cache_prompt_features
 from ..language_models import check_positions, gguf_argument, read_states_in_one_piece
 from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
@@ -51,16 +51,38 @@ def load_splits(options: TrainOptions) -> dict[str, Dataset]:
         for name, split in named.items()
         if split != "none"
     }
-    return {name: _without_empty(rows, name) for name, rows in splits.items()} if options.skip_empty else splits
+    return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}
 
 
-def _without_empty(rows: Dataset, split: str) -> Dataset:
+def find_parts(options: TrainOptions) -> dict[str, int] | None:
+    """
+    The sizes of the parts that a file is split into for this training, if it is. See [`part_sizes`].
+
+    Raises:
+        ValueError: if only one of both splits is such a part: the other may have rows of it.
+    """
+    splits = [split for split in (options.train_split, options.validation_split) if split != "none"]
+    are_parts = {has_parts(options.data, split) for split in splits}
+    if are_parts == {True, False}:
+        raise ValueError(
+            f"`train_split` {splits[0]!r} and `validation_split` {splits[1]!r} of one file may have rows in common: "
+            "one is chosen by a hash of each prompt, the other is not. Choose both alike, or `validation_split: none`."
+        )
+    return part_sizes(options.data, options.prompt_format) if are_parts == {True} else None
+
+
+def _without_empty(rows: Dataset, split: str, skip: bool) -> Dataset:
     def has_both(row: dict[str, Any]) -> bool:
         return all(not isinstance(text, str) or text.strip() for text in (row["prompt"], row["completion"]))
 
-    kept = rows.filter(has_both, desc="Skipping empty pairs")
-    if len(kept) < len(rows):
-        print(f"{split}: {len(rows) - len(kept):,} of {len(rows):,} pairs have an empty side and are left out.")
+    kept = rows.filter(has_both, desc="Looking for empty pairs")
+    if len(kept) == len(rows):
+        return rows
+    left_out = f"{split}: {len(rows) - len(kept):,} of {len(rows):,} pairs have an empty side"
+    if not skip:
+        first = next(row for row in rows if not has_both(row))
+        raise ValueError(f"{left_out}, the first is {first}. Mend them, or leave them out with `skip_empty`.")
+    print(f"{left_out} and are left out.")
     return kept
 
 

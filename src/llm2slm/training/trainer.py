@@ -97,6 +97,13 @@ class SimilarLengthTrainer(Seq2SeqTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SimilarLengthSampler(rows[LENGTH], batch_size, seed)
 
+    def _issue_warnings_after_load(self, load_result):
+        # A tied weight is saved once: under its other names it is missing, and loaded all the same.
+        weights, missing = self.model.state_dict(), load_result.missing_keys
+        loaded = {weight.data_ptr() for name, weight in weights.items() if name not in missing}
+        untied = [name for name in missing if name not in weights or weights[name].data_ptr() not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=untied))
+
 
 # ------------------------------------------------------------------------------------------------- two learning rates
 def parameter_groups(
