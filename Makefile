@@ -14,7 +14,7 @@ export DEMO_TEXT := $(value TEXT)
 unexport TEXT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-gpu benchmark clean
+.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-gpu benchmark docs clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -64,8 +64,18 @@ test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
 benchmark: .venv/.installed  ## Measure latency and memory on this machine
 	.venv/bin/llm2slm benchmark $(ARGS)
 
+docs: .venv/.docs  ## Build the site of the documentation into site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+	@echo 'The site is in site/. To read it: .venv/bin/python -m mkdocs serve'
+
+# Nothing but the site needs these packages: they come when it is first built.
+.venv/.docs: .venv/.installed
+	@echo 'Installing what builds the documentation into .venv'
+	@.venv/bin/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-v4 .upstream build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
+	rm -rf .venv .venv-v4 .upstream build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
 	  tests_upstream/.pytest_cache
 	find src tests tests_upstream training -type d -name __pycache__ -prune -exec rm -rf {} +
 
