@@ -27,11 +27,19 @@ def source(src_uri: str) -> str:
 
 
 def target(link: str, page: str) -> str | None:
-    """The file in the repository that a link of a page leads to, by its path; a folder's is its README."""
+    """The file in the repository that a link of a page leads to, by its path; a folder's is a README, there or not."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
     if (ROOT / path).is_dir():
-        path = posixpath.join(path, "README.md")
+        return posixpath.join(path, "README.md")
     return path if (ROOT / path).is_file() else None
+
+
+def content(page: str) -> str:
+    """A page's text; of a folder without a README, a list of its files."""
+    if (ROOT / page).is_file():
+        return (ROOT / page).read_text(encoding="utf-8")
+    names = sorted(path.name for path in (ROOT / page).parent.iterdir() if path.is_file())
+    return f"# {posixpath.dirname(page)}\n\n" + "".join(f"- [{name}]({name})\n" for name in names)
 
 
 def on_files(files, config):
@@ -41,10 +49,12 @@ def on_files(files, config):
     seen = set(waiting)
     while waiting:
         page = waiting.pop()
-        if not page.startswith("docs/"):
+        if not (ROOT / page).is_file():
+            files.append(File.generated(config, page, content=content(page)))
+        elif not page.startswith("docs/"):
             files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
         if page.endswith(".md"):
-            links = {target(link, page) for _, link in LINK.findall((ROOT / page).read_text(encoding="utf-8"))}
+            links = {target(link, page) for _, link in LINK.findall(content(page))}
             found = {path for path in links - seen if path and not path.startswith("docs/")}
             waiting += sorted(found)
             seen |= found

@@ -201,7 +201,8 @@ def test_each_message_of_the_troubleshooting_page_is_one_of_the_librarys():
         assert any(pattern.search(text) for text in known), f"no longer said by the library: {message}"
 
 
-def test_the_picture_of_the_method_is_the_one_that_its_script_draws(monkeypatch):
+@pytest.mark.parametrize("name", ["method", "quality"])
+def test_a_picture_is_the_one_that_its_script_draws(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
-    draw = import_module("draw_method").draw
-    assert (ROOT / "docs" / "method.svg").read_text(encoding="utf-8") == draw()
+    draw = import_module(f"draw_{name}").draw
+    assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == draw()
