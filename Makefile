@@ -9,12 +9,14 @@ PYTEST := -m pytest -n 2 $(ARGS)
 UPSTREAM ?=
 # LLM2SLM_OTHER_PYTHON: where both environments are there, one loads the checkpoints that the other saved.
 
-# The text reaches the demo as it was typed: neither make nor the shell expands it.
+# The text reaches the demo as it was typed: neither make nor the shell expands it. A blank one does too, to be refused.
 export DEMO_TEXT := $(value TEXT)
+TEXT_IS_GIVEN := $(filter-out undefined,$(origin TEXT))
 unexport TEXT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-gpu benchmark docs clean
+.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-install test-gpu benchmark docs \
+  clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -23,7 +25,7 @@ help:  ## Show this help
 install: .venv/.installed  ## Set up .venv: the library, editable, with all it takes to train, test and check it
 
 demo: .venv/.installed  ## Run the demo on a real model and real text; TEXT="..." for a text of your own
-	.venv/bin/python training/demo.py $${DEMO_TEXT:+"--text=$$DEMO_TEXT"}
+	.venv/bin/python training/demo.py $(if $(TEXT_IS_GIVEN),"--text=$$DEMO_TEXT")
 
 style: .venv/.installed  ## Mend formatting and what ruff can fix
 	.venv/bin/python -m ruff check --fix .
@@ -57,6 +59,11 @@ define run_upstream_tests
 	  fi && \
 	  $(TEST_ENV) HF_HUB_OFFLINE=1 PYTHONPATH="$(or $(UPSTREAM),$$source):tests" $(1)/bin/python $(PYTEST) tests_upstream
 endef
+
+# Not in the environments above: nothing is there that the README does not install.
+test-install:  ## Run the README's first screen in bare environments, with both major versions of transformers
+	$(PYTHON) tests/first_screen.py constraints.txt
+	$(PYTHON) tests/first_screen.py constraints-v4.txt
 
 test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
 	$(TEST_ENV) .venv/bin/python -m pytest -m gpu $(ARGS)

@@ -48,6 +48,22 @@ def end_early(model, inputs):
 
 
 @pytest.mark.parametrize("kind", SLM_KINDS)
+def test_nothing_that_is_called_says_it_is_on_its_way_out(kind, recwarn):
+    logger, said = logging.getLogger("transformers"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    type(logger).warning_once.cache_clear()
+    logger.addHandler(handler)
+    try:
+        for ways in ({}, {"do_sample": True}, {"num_beams": 2}):
+            build_model("llama", kind).generate(**padded(build_prompts()), fast=True, max_new_tokens=4, **ways)
+    finally:
+        logger.removeHandler(handler)
+    said += [str(warning.message) for warning in recwarn if "site-packages/torch/" not in warning.filename]
+    assert not [text for text in said if "deprecat" in text.lower()]
+
+
+@pytest.mark.parametrize("kind", SLM_KINDS)
 def test_greedy_tokens_equal_the_plain_path(kind, notes, count_calls):
     model = build_model("llama", kind)
     prompts = build_prompts()
