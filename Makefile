@@ -15,8 +15,8 @@ TEXT_IS_GIVEN := $(filter-out undefined,$(origin TEXT))
 unexport TEXT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-install test-gpu \
-  benchmark docs clean
+.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-install test-gpu benchmark docs \
+  clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile

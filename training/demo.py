@@ -133,7 +133,7 @@ def spare_threads() -> bool:
 
 
 def fast_format() -> str:
-    """The number format this CPU multiplies faster: without instructions of its own, bfloat16 takes many times as long."""
+    """The number format this CPU multiplies faster: bfloat16 takes many times as long where it has no instructions."""
     seconds = {}
     for number_format in (torch.float32, torch.bfloat16):
         states, weight = torch.randn(256, 576).to(number_format), torch.randn(1536, 576).to(number_format)

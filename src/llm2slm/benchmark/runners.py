@@ -31,6 +31,9 @@ from .random_models import SIZES, load_config
 OTHERS = {"ctranslate2": ("ctranslate2", "ctranslate2"), "llama.cpp": ("llama_cpp", "llama-cpp-python")}
 
 
+_NO_GGUF = "The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file."
+
+
 @dataclass(frozen=True)
 class Workload:
     """
@@ -99,7 +102,7 @@ def load_runners(
         if name in names:
             check_installed(f"The system {name!r}", module, install=f"pip install {package}")
     if "llama.cpp" in names and gguf is None:
-        raise ValueError("The system 'llama.cpp' needs --gguf FILE: the LLM as a GGUF file.")
+        raise ValueError(_NO_GGUF)
     whole_llm, alone, llm2slm = _load_models(names, work, model, llm, slm, revision)
     makers: dict[str, Callable[[], Runner]] = {
         "slm": lambda: _transformers("slm", alone, work),
@@ -307,9 +310,11 @@ def _ctranslate2(llm, work: Workload) -> Runner:
     return runner
 
 
-def _llama_cpp(gguf: str, work: Workload) -> Runner:
+def _llama_cpp(gguf: str | None, work: Workload) -> Runner:
     import llama_cpp
 
+    if gguf is None:
+        raise ValueError(_NO_GGUF)
     folder, name = split_gguf(gguf, None)
     path = os.path.join(folder, name) if name is not None else gguf
     if work.batch_size > 1:
