@@ -3,7 +3,7 @@
     python tests/first_screen.py constraints.txt
     python tests/first_screen.py constraints-v4.txt
 
-The environment is made in a temporary folder, and torch put into it first, as everywhere here. The constraints choose the
+The environment is made in a temporary folder, and torch put into it first, as everywhere here. Constraints choose the
 versions; the lines are the README's. `make test-install` runs both: they download a gigabyte or less.
 """
 
@@ -45,7 +45,6 @@ def main(constraints: str) -> None:
         run("pip", "install", "-qq", "torch")
         run("sh", "-c", install.replace("pip install", "pip install -qq"))
         printed = run("python", "-c", code, stdout=subprocess.PIPE).stdout.strip()
-    # Another machine's roundings may turn a word; a machine without its LLM or with a wrong prompt says nothing like it.
     if printed.splitlines()[-1] != promised:
         sys.exit(f"The README promises\n  {promised}\nand with {constraints} it prints\n  {printed}")
     print(f"The README's first screen does what it promises with {constraints} ({time.monotonic() - started:.0f} s)")

@@ -205,7 +205,7 @@ for command in {[*cli.COMMANDS]!r}:
 """
     result = run_without(OPTIONAL, code)
     assert result.returncode == 0, result.stderr
-    assert all(f"usage: " in result.stdout and f" {command} [-h]" in result.stdout for command in cli.COMMANDS)
+    assert all("usage: " in result.stdout and f" {command} [-h]" in result.stdout for command in cli.COMMANDS)
 
 
 def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path):
@@ -229,7 +229,9 @@ for argv in {[argv for argv, _ in calls]!r}:
     assert result.returncode == 0, result.stderr
     errors = [line for line in result.stderr.splitlines() if ": error: " in line]
     for (argv, line), error in zip(calls, errors, strict=True):
-        assert error.startswith(f"llm2slm {argv[0]}: error: ") and error.endswith(f", not installed here: {line}"), error
+        assert error.startswith(f"llm2slm {argv[0]}: error: ") and error.endswith(f", not installed here: {line}"), (
+            error
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -587,7 +589,9 @@ def interrupted_run(argv: list[str], batches: int, monkeypatch) -> None:
         assert cli.main(argv) == 130
 
 
-@pytest.mark.parametrize("more", [[], ["--do-sample", "--seed", "3"], ["--stream"]], ids=["greedy", "sampled", "stream"])
+@pytest.mark.parametrize(
+    "more", [[], ["--do-sample", "--seed", "3"], ["--stream"]], ids=["greedy", "sampled", "stream"]
+)
 def test_an_interrupted_output_is_gone_on_with(more, checkpoints, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("\n".join(["w1", "", *PROMPTS]) + "\n")
     argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "p.txt"), "--batch-size", "2"]

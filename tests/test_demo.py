@@ -31,7 +31,7 @@ def test_a_blank_text_is_refused(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, passed", [([], []), (["TEXT=  "], ["--text="]), (["TEXT=a $b `c` \"d\""], ['--text=a $b `c` "d"'])]
+    "given, passed", [([], []), (["TEXT=  "], ["--text="]), (['TEXT=a $b `c` "d"'], ['--text=a $b `c` "d"'])]
 )
 def test_make_hands_on_the_text_as_typed_a_blank_one_too(given, passed, tmp_path):
     # A stand-in for the environment's Python: it says what it was called with.
@@ -71,4 +71,7 @@ def test_the_race_streams_both_and_says_how_much_faster_or_what_was_recorded(tmp
     monkeypatch.setattr(demo, "FEWEST_TOKENS", 100)  # as where the LLM's time was up
     recorded = json.loads(demo.RECORDED.read_text())["ratios"]["end_to_end_llm_to_llm2slm"]["median"]
     said = demo.race(tmp_path / "pair", str(tmp_path / "llm"), "w1 w2")
-    assert "too busy a machine" in said and f"recorded run (results/simplify/benchmark.json), LLM-to-SLM is {recorded:.1f}" in said
+    assert (
+        "too busy a machine" in said
+        and f"recorded run (results/simplify/benchmark.json), LLM-to-SLM is {recorded:.1f}" in said
+    )

@@ -37,7 +37,9 @@ def test_compose_train_save_load_and_reuse_run_as_printed(tmp_path):
 def test_the_first_screen_prints_what_it_promises(tmp_path):
     _, code, promised = first_screen()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", code], cwd=README.parent, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=README.parent, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == promised
     assert "GGUF" not in run.stderr  # no bars of what is read

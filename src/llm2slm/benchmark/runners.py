@@ -307,9 +307,10 @@ def _ctranslate2(llm, work: Workload) -> Runner:
     return runner
 
 
-def _llama_cpp(gguf: str, work: Workload) -> Runner:
+def _llama_cpp(gguf: str | None, work: Workload) -> Runner:
     import llama_cpp
 
+    assert gguf is not None  # was asked for before any model was loaded
     folder, name = split_gguf(gguf, None)
     path = os.path.join(folder, name) if name is not None else gguf
     if work.batch_size > 1:

@@ -178,7 +178,7 @@ def resumed(output: str, settings: dict[str, Any], batch_size: int) -> Iterator[
     begun.unlink()
 
 
-# ------------------------------------------------------------------------------------------------ prompts and responses
+# ---------------------------------------------------------------------------------------------- prompts and responses
 def generate_batch(
     model, tokenizer, prompts: list[str], prompt_max_length: int | None = None, **generate_kwargs
 ) -> list[dict[str, str]]:
@@ -210,7 +210,8 @@ def generate_batch(
     ends = model.generation_config.eos_token_id
     ended = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device)).any(dim=1).tolist()
     return [
-        {"response": text, "finish_reason": "stop" if end else "length"} for text, end in zip(texts, ended, strict=True)
+        {"response": text, "finish_reason": "stop" if end else "length"}
+        for text, end in zip(texts, ended, strict=True)
     ]
 
 
@@ -260,7 +261,7 @@ def read_csv(path: str) -> list[dict[str, Any]]:
     The rows of a CSV file, by the columns that its first line names.
 
     Raises:
-        ValueError: if the file is not UTF-8, lacks the column `prompt`, or a row has more cells than there are columns.
+        ValueError: if the file is not UTF-8, lacks the column `prompt`, or a row has more cells than columns.
     """
     reader = csv.DictReader(io.StringIO(read_text(path)), restval="")
     try:
