@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 
 def find_layers(llm: nn.Module, num_layers: int, depth: int | None = None) -> nn.ModuleList:
     """The list of the model's layers, or of the first `depth`; raises a `ValueError` if it keeps them in no list."""
-    lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
-    for length in (num_layers, depth):
-        for module in lists:
-            if len(module) == length:
-                return module
+    for module in llm.modules():  # the outermost first: T5's layers are lists, too
+        if isinstance(module, nn.ModuleList) and len(module) in (num_layers, depth):
+            return module
     raise ValueError(f"{type(llm).__name__} has no list of {num_layers} layers: only `llm_layer=-1` can be read.")
 
 
