@@ -378,13 +378,11 @@ REFUSED = {
     "use_mtp": (True, "a drafter cannot read"),
     "speculation_type": ("dflash", "a drafter cannot read"),
     "is_assistant": (True, "`generate_lossless` only"),
-    "inputs_embeds": (EMBEDS, "not `inputs_embeds`.*`prompt_embeds`"),
     "encoder_outputs": ((EMBEDS,), "pass an encoded prompt as `prompt_embeds`"),
     "decoder_inputs_embeds": (EMBEDS, "pass the beginning of the response as `decoder_input_ids`"),
     "position_ids": (torch.arange(5)[None], "follow from `attention_mask`"),
     "decoder_position_ids": (torch.arange(5)[None], "follow from `attention_mask`"),
     "cache_position": (torch.arange(5), "follow from `attention_mask`"),
-    "token_type_ids": (torch.ones_like(IDS), "must all be 0. Leave them out"),
     "penalty_alpha": (
         0.6,
         "custom_generate='transformers-community/contrastive-search'` and `trust_remote_code=True`",
@@ -408,9 +406,8 @@ def test_what_cannot_be_honoured_is_refused_before_the_llm_runs(name, count_call
 
 
 def test_none_asks_for_nothing(model):
-    assert torch.equal(
-        write(model, **dict.fromkeys([*REFUSED, "past_key_values", "labels", "decoder_input_ids"])), write(model)
-    )
+    names = [*REFUSED, "inputs_embeds", "token_type_ids", "past_key_values", "labels", "decoder_input_ids"]
+    assert torch.equal(write(model, **dict.fromkeys(names)), write(model))
 
 
 def test_what_only_drafting_models_read_changes_nothing(model):

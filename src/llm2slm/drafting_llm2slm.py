@@ -268,11 +268,11 @@ def _draft_and_verify(
 
     llm_calls = 1 if is_encoder_decoder else 0  # the encoder's
     draft_tokens = accepted_tokens = 0
-    unread, drafter, finished = input_ids, None, False
+    # An encoder has read the prompt; a decoder-only LLM does so in its first run.
+    drafter = start_drafter() if is_encoder_decoder else None
+    unread, finished = input_ids, False
     while not finished:
-        # 1. Draft. The states of the prompt are there from the start, or from a decoder-only LLM's first run on.
-        if drafter is None and llm_calls > 0:
-            drafter = start_drafter()
+        # 1. Draft.
         draft = []
         if drafter is not None:
             room = generation_config.max_length - input_ids.shape[1] - 1
@@ -289,6 +289,8 @@ def _draft_and_verify(
             arguments["input_ids"] = new_ids
         with faster_linear:
             output = llm(**arguments)
+        if drafter is None:  # at once: guidance has the LLM read another prompt, too
+            drafter = start_drafter()
         logits = output.logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
         # 3. Write the LLM's tokens, as far as the draft agrees with them and one further.
         matches = 0

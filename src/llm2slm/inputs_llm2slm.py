@@ -44,7 +44,7 @@ def check_prompt_kwargs(kwargs: dict) -> None:
     check_tensor("token_type_ids", token_type_ids)
     if token_type_ids is not None and token_type_ids.any():
         raise ValueError("A prompt is one segment: `token_type_ids` must all be 0. Leave them out.")
-    if kwargs.get("inputs_embeds") is not None:
+    if kwargs.pop("inputs_embeds", None) is not None:
         raise ValueError(
             "The LLM reads `input_ids`, not `inputs_embeds`. A prompt that is already encoded, for the SLM, is "
             "`prompt_embeds` (from `encode_prompt`)."
