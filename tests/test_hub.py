@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+
+import llm2slm
 
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7"]
 
@@ -120,24 +123,14 @@ def test_a_pushed_repository_is_complete(tmp_path):
         found = run(hub, tmp_path / "push", FILES)
     assert {
         "README.md",
-        "arguments_llm2slm.py",
-        "beams_llm2slm.py",
-        "checkpoint_llm2slm.py",
         "config.json",
-        "configuration_llm2slm.py",
-        "decoding_llm2slm.py",
-        "drafting_llm2slm.py",
         "generation_config.json",
-        "generation_llm2slm.py",
         "llm_tokenizer/tokenizer.json",
         "llm_tokenizer/tokenizer_config.json",
-        "loading_llm2slm.py",
         "model.safetensors",
-        "modeling_llm2slm.py",
-        "pipeline_llm2slm.py",
-        "tokenization_llm2slm.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        *(path.name for path in Path(llm2slm.__file__).parent.glob("*_llm2slm.py")),
     } <= set(found["files"])
     assert found["data"]["base_model"] == "tester/llm"
     assert found["data"]["pipeline_tag"] == "text2text-generation"

@@ -33,8 +33,7 @@ from llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
 
 PROMPT = padded(build_prompts())
 LABELS = build_labels()
-HUB_FILES = "beams checkpoint configuration decoding drafting loading modeling pipeline tokenization".split()
-CODE = {f"{name}_llm2slm.py" for name in HUB_FILES}
+CODE = {path.name for path in Path(checkpoint_module.__file__).parent.glob("*_llm2slm.py")}
 SEVERAL_LLMS = ("t5", "t5gemma", "bert", "bart", "llama", "gemma3")
 
 
