@@ -258,7 +258,8 @@ class LLM2SLMForConditionalGeneration(
 
     def _apply(self, fn, recurse=True):
         """`to` and its kin move projector and SLM; an offloaded LLM is where its device map says."""
-        if self.llm is None or not is_offloaded(self.llm):
+        # One that is on meta without accelerate has just been made there, and gets its place now.
+        if self.llm is None or not is_offloaded(self.llm) or compute_device(self.llm).type == "meta":
             return super()._apply(fn, recurse)
         llm, self._modules["llm"] = self.llm, None
         try:
