@@ -122,7 +122,7 @@ def with_prompt_positions(output, mask, order, is_encoder_decoder) -> Seq2SeqLMO
     for name, prompt_dims in dims.items():
         for dim in prompt_dims:
             if isinstance(output.get(name), tuple):
-                output[name] = tuple(restored(tensor, dim) for tensor in output[name])
+                output[name] = tuple(states if states is None else restored(states, dim) for states in output[name])
             elif output.get(name) is not None:
                 output[name] = restored(output[name], dim)
     return output
