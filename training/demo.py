@@ -22,6 +22,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from logging import getLogger
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None):
     if not text:
         raise SystemExit("The text is empty: give a sentence to rewrite.")
     logging.set_verbosity_error()
+    getLogger("bitsandbytes").setLevel("ERROR")  # it misses a kernel of the Hub, which nothing here needs
     logging.disable_progress_bar()  # those of the training and of its features remain
     datasets.disable_progress_bars()
     start = time.perf_counter()
