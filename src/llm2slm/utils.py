@@ -49,6 +49,12 @@ def read_text(path: str | os.PathLike) -> str:
     return decode_text(Path(path).read_bytes(), path)
 
 
+def shown(path: str | os.PathLike) -> Path:
+    """The path as one types it: from the working directory on, if it is below."""
+    path, here = Path(path), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+
+
 def check_new_file(path: str | os.PathLike | None) -> None:
     """
     Checks, before any long work, that a result can be written.

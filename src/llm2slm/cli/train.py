@@ -14,7 +14,6 @@ printed at the end.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..training.options import TrainerDefaults
@@ -60,6 +59,7 @@ def run(options: Options, **trainer_options: Any) -> None:
     from ..sharing.next_commands import next_commands
     from ..training.run import train
     from ..training.trainer import TrainerOptions
+    from ..utils import shown
 
     if options.validation_split == "none":
         trainer_options["eval_strategy"] = "no"
@@ -69,4 +69,4 @@ def run(options: Options, **trainer_options: Any) -> None:
     training = TrainerOptions(**given)
     train(options, training)
     if training.process_index == 0:
-        print("Next:", *next_commands(options, Path(training.output_dir)), sep="\n  ")
+        print("Next:", *next_commands(options, shown(training.output_dir)), sep="\n  ")

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.pairs import describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
-from ..utils import check_installed, machine, peak_memory_gib, versions, write_json
+from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_json
 from . import record, setup
 from .options import TrainOptions
 from .run_folder import (
@@ -184,7 +184,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parts, pa
     }
     write_json(folder / REPORT, content, replace=True)
     shutil.rmtree(folder / START, ignore_errors=True)
-    _say(training, f"Finished: {folder}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
+    _say(training, f"Finished: {shown(folder)}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
 
 
 def _source(name: str) -> dict[str, Any]:
