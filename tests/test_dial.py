@@ -388,6 +388,18 @@ def test_a_fine_tuned_llm_is_welcome(llm, noisy):
     assert ids.tolist() == greedy(tuned, max_new_tokens=10).tolist()
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_beside_a_fine_tuned_llm_the_pair_reads_the_states_of_its_own(kind):
+    llm = endless(build_llm(kind))
+    model = build_drafter(llm, build_slm_of_the_llms_vocabulary("llama"))
+    model.llm, tuned = model._prompt_part(llm), endless(as_slm(llm, 0.3))
+    expected = model.generate(PROMPT, max_new_tokens=12, eos_token_id=None)
+    arguments = {"llm": tuned, "max_new_tokens": 12, "return_dict_in_generate": True}
+    assert tokens_of(llm, model.generate(PROMPT, tolerance=1, **arguments)).tolist() == expected[0].tolist()
+    model.llm = None
+    assert tokens_of(llm, model.generate(PROMPT, tolerance=1, **arguments)).tolist() != expected[0].tolist()
+
+
 def test_stop_strings_are_the_llms_text(llm, noisy):
     letters = build_slm_tokenizer()  # since matching needs a vocabulary that spells any text
     tokenizer = LLM2SLMTokenizer.from_tokenizers(letters, build_llm_tokenizer())

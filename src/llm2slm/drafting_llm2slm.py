@@ -161,30 +161,42 @@ class LosslessGenerationMixin(GenerationMixin):
             raise ValueError(f"Drafting for `llm` takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
         prompt_ids = input_ids[attention_mask.to(input_ids.device) != 0][None].to(llm.device)  # without padding
         arguments = _generate_arguments(arguments, dial)
-        is_encoder_decoder = llm.config.is_encoder_decoder
-        if not is_encoder_decoder:  # its `generate` counts the prompt
+        if not llm.config.is_encoder_decoder:  # its `generate` counts the prompt
             for name in ("max_length", "min_length"):
                 if arguments.get(name) is not None:
                     arguments[name] += prompt_ids.shape[1]
         mask = torch.ones_like(prompt_ids)
-        layers, num_layers = self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers
-        prompt_part = self._prompt_part(llm)
-        # A decoder-only LLM that will not be asked reads the prompt as far up as the projector needs it.
-        reads_apart = dial.never_asks and not is_encoder_decoder
-        if reads_apart and max(layers) < num_layers:
-            prompt_part = truncate(prompt_part, num_layers, max(layers))
-        reading = LayerStates(prompt_part, layers, num_layers, whole=None if reads_apart else llm)
-
-        def start_drafter():
-            if reads_apart:
-                reading.model(input_ids=prompt_ids, attention_mask=mask, use_cache=False, return_dict=True)
-            return _Drafter(self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds)
-
+        writer, start_drafter = self._writer_and_drafter(llm, prompt_ids, mask, dial)
         decode = functools.partial(
             _draft_and_verify, start_drafter=start_drafter, dial=dial, streamer=arguments.get("streamer")
         )
-        writer = llm if reads_apart else reading.model
         return writer.generate(prompt_ids, attention_mask=mask, custom_generate=decode, **arguments)
+
+    def _writer_and_drafter(self, llm, prompt_ids, mask, dial):
+        """
+        The LLM that writes, `llm` or a copy that keeps its states of the prompt, and a function that starts the
+        drafter once the prompt is read.
+        """
+        if self.llm is not None and dial.tolerance > 0:
+            # Tokens will stand that the SLM alone has chosen: let it read the states that it has learned to read.
+            return llm, lambda: _Drafter(self, self.encode_prompt(prompt_ids).prompt_embeds)
+        layers, num_layers = self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers
+        prompt_part = self._prompt_part(llm)
+        if llm.config.is_encoder_decoder or not dial.never_asks:
+            reading = LayerStates(prompt_part, layers, num_layers, whole=llm)
+            return reading.model, lambda: _Drafter(
+                self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds
+            )
+        # A decoder-only LLM that will not be asked reads the prompt as far up as the projector needs it.
+        if max(layers) < num_layers:
+            prompt_part = truncate(prompt_part, num_layers, max(layers))
+        apart = LayerStates(prompt_part, layers, num_layers)
+
+        def start_drafter():
+            apart.model(input_ids=prompt_ids, attention_mask=mask, use_cache=False, return_dict=True)
+            return _Drafter(self, self.encode_prompt(prompt_ids, None, apart.states()).prompt_embeds)
+
+        return llm, start_drafter
 
     def _check_llm(self, llm):
         if not isinstance(llm, PreTrainedModel) or not llm.can_generate():

@@ -90,7 +90,8 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             llm (`PreTrainedModel`, *optional*):
                 The LLM with its head and all its layers: the one that this model was trained behind, or that
                 fine-tuned. It verifies what the SLM writes, as in `generate_lossless`, whose arguments are taken too.
-                It also encodes the prompt, so `self.llm` need not be loaded.
+                With a tolerance, `self.llm` encodes the prompt for the SLM if it is loaded; else `llm` does, in one
+                run for both, but a fine-tuned one's states are not those that the SLM has learned to read.
             tolerance (`float`, *optional*, defaults to 0):
                 With `llm`, how far the response may be from the LLM's own, from 0 to 1. A drafted token is kept if
                 the LLM gives it at least `1 - tolerance` of its best token's probability; in sampling, no token is
