@@ -377,7 +377,7 @@ REFUSED = {
     "assistant_ensemble_weight": (0.5, "a drafter cannot read"),
     "use_mtp": (True, "a drafter cannot read"),
     "speculation_type": ("dflash", "a drafter cannot read"),
-    "is_assistant": (True, "`generate_lossless` only"),
+    "is_assistant": (True, "drafts in `generate_lossless`, and with an `llm`"),
     "encoder_outputs": ((EMBEDS,), "pass an encoded prompt as `prompt_embeds`"),
     "decoder_inputs_embeds": (EMBEDS, "pass the beginning of the response as `decoder_input_ids`"),
     "position_ids": (torch.arange(5)[None], "follow from `attention_mask`"),
