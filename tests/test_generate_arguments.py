@@ -377,7 +377,7 @@ REFUSED = {
     "assistant_ensemble_weight": (0.5, "a drafter cannot read"),
     "use_mtp": (True, "a drafter cannot read"),
     "speculation_type": ("dflash", "a drafter cannot read"),
-    "is_assistant": (True, "`generate_lossless` only"),
+    "is_assistant": (True, "drafts in `generate_lossless`, and with an `llm`"),
     "encoder_outputs": ((EMBEDS,), "pass an encoded prompt as `prompt_embeds`"),
     "decoder_inputs_embeds": (EMBEDS, "pass the beginning of the response as `decoder_input_ids`"),
     "position_ids": (torch.arange(5)[None], "follow from `attention_mask`"),
@@ -612,7 +612,7 @@ def test_lossless_mode_writes_what_the_llm_writes_with_that_option(lossless, opt
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("do_sample", True), ("num_beams", 2), ("num_return_sequences", 2), ("num_beam_groups", 2)),
+        *(("num_beams", 2), ("num_return_sequences", 2), ("num_beam_groups", 2)),
         *(("diversity_penalty", 1.0), ("dola_layers", "low"), ("penalty_alpha", 0.6), ("constraints", [1])),
         *(("force_words_ids", [[7]]), ("assistant_early_exit", 1), ("prompt_lookup_num_tokens", 2), ("use_mtp", True)),
         *(("is_assistant", True), ("output_scores", True), ("assistant_ensemble_weight", 0.5)),
@@ -623,7 +623,7 @@ def test_lossless_mode_writes_what_the_llm_writes_with_that_option(lossless, opt
 )
 def test_lossless_mode_refuses_what_it_cannot_honour(lossless, name, value):
     model, llm = lossless
-    with pytest.raises(ValueError, match=f"Lossless mode .*got {name}="):
+    with pytest.raises(ValueError, match=f"Drafting for `llm` .*got {name}="):
         model.generate_lossless(PROMPT["input_ids"][1:2], llm=llm, **{name: value})
 
 

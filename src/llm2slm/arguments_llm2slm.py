@@ -57,7 +57,7 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "assistant_ensemble_weight": ((), _NO_DRAFTER),
     "use_mtp": ((False,), _NO_DRAFTER),
     "speculation_type": ((), _NO_DRAFTER),
-    "is_assistant": ((False,), "this model drafts in `generate_lossless` only"),
+    "is_assistant": ((False,), "this model drafts in `generate_lossless`, and with an `llm`"),
     "encoder_outputs": ((), "pass an encoded prompt as `prompt_embeds`, from `encode_prompt`"),
     "decoder_inputs_embeds": ((), "pass the beginning of the response as `decoder_input_ids`"),
     "position_ids": ((), _POSITIONS),

@@ -1,6 +1,10 @@
-"""Lossless mode: the LLM's own greedy response, token for token. LLM-to-SLM drafts it, the LLM verifies the draft.
+"""Responses that LLM-to-SLM drafts and the LLM verifies: the LLM's own, token for token, or one within a tolerance.
 
 Choices made here:
+- What stands is decided by lenience, the `l = 1 - tolerance` of Leviathan et al. (2023, arXiv 2211.17192, appendix
+  A.5). Greedily, a drafted token is kept if the LLM gives it at least `l` times the probability of its best token. In
+  sampling, one drawn from q is kept with probability min(1, p / (l * q)), else drawn anew from what p has more than q:
+  with `l = 1` that is speculative sampling, whose tokens are distributed as the LLM's.
 - The prompt is encoded once for both. The LLM's run over it fills the cache that verification reads, and the states of
   its layers that the projector reads are kept. Transformers' assisted generation passes no states to a drafter.
 - `llm.generate` prepares the call (lengths, logits processors, stopping criteria, the encoder's run) and hands over to
@@ -14,25 +18,29 @@ on Transformers 4.x and 5.x.
 import contextlib
 import functools
 import inspect
-from dataclasses import dataclass
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import SynthIDTextWatermarkingConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .arguments_llm2slm import stop_at_strings
-from .inputs_llm2slm import check_prompt_ids, given_once
-from .layers_llm2slm import LayerStates
+from .inputs_llm2slm import PROMPT_AND_RESPONSE, check_positions, check_prompt_ids, given_once
+from .layers_llm2slm import LayerStates, truncate
 from .loading_llm2slm import check_same_architecture, max_positions
 
 
 @dataclass
 class LosslessOutput(ModelOutput):
     """
-    What the LLM would have written by itself, and what it took.
+    What the LLM would have written by itself, or a response within its tolerance, and what it took.
 
     Args:
         sequences (`torch.LongTensor` of shape `(1, response_length)`):
@@ -45,7 +53,9 @@ class LosslessOutput(ModelOutput):
         accepted_tokens (`int`):
             How many of them are in the response.
         acceptance_rate (`float`):
-            `accepted_tokens / draft_tokens`; 0 if nothing was drafted.
+            `accepted_tokens / draft_tokens`, the share that was kept; 0 if nothing was drafted.
+        unasked_tokens (`int`):
+            How many of the accepted tokens the LLM was not asked about.
     """
 
     sequences: Any = None
@@ -53,6 +63,7 @@ class LosslessOutput(ModelOutput):
     draft_tokens: int | None = None
     accepted_tokens: int | None = None
     acceptance_rate: float | None = None
+    unasked_tokens: int | None = None
 
 
 class LosslessGenerationMixin(GenerationMixin):
@@ -73,7 +84,8 @@ class LosslessGenerationMixin(GenerationMixin):
     ) -> LosslessOutput:
         r"""
         Writes what `llm.generate(do_sample=False)` writes, token for token, in fewer runs of the LLM: the SLM drafts
-        some tokens, and one run of the LLM verifies all of them. The LLM encodes the prompt once, for both.
+        some tokens, and one run of the LLM verifies all of them. The LLM encodes the prompt once, for both. With
+        `do_sample=True` tokens are distributed as those of `llm.generate(do_sample=True)`.
 
         Tokens are the same up to ties: a run over several positions rounds differently than one over a single
         position, so where two tokens score the same to the last bit of the dtype, the other one may be chosen. Of
@@ -84,7 +96,7 @@ class LosslessGenerationMixin(GenerationMixin):
             inputs (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
                 Same as `input_ids`.
             generation_config (`GenerationConfig`, *optional*):
-                As in `llm.generate`; defaults are those of `llm.generation_config`.
+                As in `llm.generate`; defaults are those of `llm.generation_config`, but it samples only if asked to.
             llm (`PreTrainedModel`):
                 The LLM with its head and all its layers, which this model was built on. It also encodes the prompt,
                 so `self.llm` is not used and need not be loaded (`from_pretrained(..., load_llm=False)`).
@@ -100,45 +112,93 @@ class LosslessGenerationMixin(GenerationMixin):
                 SLM costs in runs of the LLM.
             kwargs:
                 Further arguments of `llm.generate`: `max_new_tokens`, `stopping_criteria`, `streamer`, ... As in
-                `generate`, `max_length` means the response. With `stop_strings` pass the `tokenizer`.
+                `generate`, `max_length` means the response. With `stop_strings` pass the `tokenizer`. In sampling,
+                logits processors are called on what is drafted, too.
 
         Returns:
             [`LosslessOutput`] with `sequences`, `acceptance_rate` and `llm_calls`.
 
         Raises:
-            ValueError: for more than one prompt, sampling or beams; if `llm` has no head or is another LLM than this
-                model was built on; if its tokenizer and the SLM's are not the same or the same trimmed
+            ValueError: for more than one prompt or beams; if `llm` has no head or is another LLM than this model was
+                built on; if its tokenizer and the SLM's are not the same or the same trimmed
                 (`config.shared_tokenizer`); if one of the two models cannot take tokens back; and for an invalid
                 prompt (see `encode_prompt`).
         """
-        self._check_lossless(llm, max_draft_tokens, draft_confidence)
-        input_ids, attention_mask = check_prompt_ids(self.config, given_once(inputs, input_ids), attention_mask)
+        dial = _Dial(0.0, 1.0, max_draft_tokens, draft_confidence)
+        prompt = {"input_ids": given_once(inputs, input_ids), "attention_mask": attention_mask}
+        return self._generate_with_llm(llm, **prompt, arguments=_arguments_of(generation_config, kwargs), dial=dial)
+
+    def _generate_within_tolerance(
+        self,
+        llm,
+        input_ids,
+        attention_mask,
+        generation_config,
+        *,
+        tolerance=None,
+        ask_below=None,
+        max_draft_tokens=16,
+        draft_confidence=0.25,
+        **kwargs,
+    ) -> Any:
+        """`generate` with an `llm`; its arguments are explained there."""
+        tolerance = 0.0 if tolerance is None else tolerance
+        _check_share("tolerance", tolerance)
+        ask_below = 1 - tolerance if ask_below is None else ask_below
+        _check_share("ask_below", ask_below)
+        dial = _Dial(tolerance, 0.0 if tolerance == 1 else ask_below, max_draft_tokens, draft_confidence)
+        arguments = _arguments_of(generation_config, kwargs)
+        output = self._generate_with_llm(llm, input_ids, attention_mask, arguments, dial)
+        return output if arguments.get("return_dict_in_generate") else output.sequences
+
+    def _generate_with_llm(self, llm, input_ids, attention_mask, arguments, dial) -> LosslessOutput:
+        self._check_llm(llm)
+        _check_share("draft_confidence", dial.draft_confidence)
+        if (most := dial.max_draft_tokens) is True or not isinstance(most, int) or most < 1:
+            raise ValueError(f"`max_draft_tokens` must be a positive integer, got {most!r}.")
+        input_ids, attention_mask = check_prompt_ids(self.config, input_ids, attention_mask)
         if input_ids.shape[0] != 1:
-            raise ValueError(f"Lossless mode takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
+            raise ValueError(f"Drafting for `llm` takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
         prompt_ids = input_ids[attention_mask.to(input_ids.device) != 0][None].to(llm.device)  # without padding
-        arguments = _generate_arguments(generation_config, kwargs)
+        arguments = _generate_arguments(arguments, dial)
         if not llm.config.is_encoder_decoder:  # its `generate` counts the prompt
             for name in ("max_length", "min_length"):
                 if arguments.get(name) is not None:
                     arguments[name] += prompt_ids.shape[1]
-        reading = LayerStates(
-            self._prompt_part(llm), self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers, whole=llm
+        mask = torch.ones_like(prompt_ids)
+        writer, start_drafter = self._writer_and_drafter(llm, prompt_ids, mask, dial)
+        decode = functools.partial(
+            _draft_and_verify, start_drafter=start_drafter, dial=dial, streamer=arguments.get("streamer")
         )
+        return writer.generate(prompt_ids, attention_mask=mask, custom_generate=decode, **arguments)
+
+    def _writer_and_drafter(self, llm, prompt_ids, mask, dial):
+        """
+        The LLM that writes, `llm` or a copy that keeps its states of the prompt, and a function that starts the
+        drafter once the prompt is read.
+        """
+        if self.llm is not None and dial.tolerance > 0:
+            # Tokens will stand that the SLM alone has chosen: let it read the states that it has learned to read.
+            return llm, lambda: _Drafter(self, self.encode_prompt(prompt_ids).prompt_embeds)
+        layers, num_layers = self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers
+        prompt_part = self._prompt_part(llm)
+        if llm.config.is_encoder_decoder or not dial.never_asks:
+            reading = LayerStates(prompt_part, layers, num_layers, whole=llm)
+            return reading.model, lambda: _Drafter(
+                self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds
+            )
+        # A decoder-only LLM that will not be asked reads the prompt as far up as the projector needs it.
+        if max(layers) < num_layers:
+            prompt_part = truncate(prompt_part, num_layers, max(layers))
+        apart = LayerStates(prompt_part, layers, num_layers)
 
         def start_drafter():
-            return _Drafter(self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds)
+            apart.model(input_ids=prompt_ids, attention_mask=mask, use_cache=False, return_dict=True)
+            return _Drafter(self, self.encode_prompt(prompt_ids, None, apart.states()).prompt_embeds)
 
-        decode = functools.partial(
-            _draft_and_verify,
-            start_drafter=start_drafter,
-            max_draft_tokens=max_draft_tokens,
-            draft_confidence=draft_confidence,
-            streamer=arguments.get("streamer"),
-        )
-        mask = torch.ones_like(prompt_ids)
-        return reading.model.generate(prompt_ids, attention_mask=mask, custom_generate=decode, **arguments)
+        return llm, start_drafter
 
-    def _check_lossless(self, llm, max_draft_tokens, draft_confidence):
+    def _check_llm(self, llm):
         if not isinstance(llm, PreTrainedModel) or not llm.can_generate():
             raise ValueError(
                 "`llm` must be the LLM with its head, as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it, "
@@ -147,25 +207,49 @@ class LosslessGenerationMixin(GenerationMixin):
         check_same_architecture(llm.config, self.config.llm_config, llm.name_or_path or type(llm).__name__)
         if not self.config.shared_tokenizer:
             raise ValueError(
-                "Lossless mode needs an SLM that writes the LLM's tokens, with the LLM's tokenizer or that trimmed: "
-                "`config.shared_tokenizer` must be True, got False."
+                "Drafting for `llm` needs an SLM that writes the LLM's tokens, with the LLM's tokenizer or that "
+                "trimmed: `config.shared_tokenizer` must be True, got False."
             )
         for name, model in (("LLM", llm), ("SLM", self.slm)):
             if model._is_stateful:
                 raise ValueError(
-                    f"Lossless mode takes back rejected tokens, but the {name} ({model.config.model_type}) keeps a "
-                    "state from which none can be removed."
+                    f"Drafting for `llm` takes back rejected tokens, but the {name} ({model.config.model_type}) keeps "
+                    "a state from which none can be removed."
                 )
-        if isinstance(max_draft_tokens, bool) or not isinstance(max_draft_tokens, int) or max_draft_tokens < 1:
-            raise ValueError(f"`max_draft_tokens` must be a positive integer, got {max_draft_tokens!r}.")
-        if not 0 <= draft_confidence <= 1:
-            raise ValueError(f"`draft_confidence` must be from 0 to 1, got {draft_confidence!r}.")
+
+
+def _check_share(name, value):
+    # `not` in front, so that NaN is refused
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` must be from 0 to 1, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class _Dial:
+    """Which drafts the LLM is asked about, which of their tokens stand, and how long a draft gets."""
+
+    tolerance: float
+    ask_below: float
+    max_draft_tokens: int
+    draft_confidence: float
+
+    @property
+    def never_asks(self) -> bool:
+        """The LLM is not run behind the prompt."""
+        return self.tolerance == 1
+
+    def is_unsure(self, probability: float) -> bool:
+        """Whether the LLM is asked about a token to which the SLM gives this probability."""
+        return self.ask_below >= 1 or probability < self.ask_below
+
+    def is_exact(self, do_sample: bool) -> bool:
+        """Whether the response is the LLM's own greedy one."""
+        return self.tolerance == 0 and self.ask_below >= 1 and not do_sample
 
 
 # What the caller cannot ask for, and the value it has: no other way of decoding, and nothing in the output but ids and
 # counts.
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
+_ONE_RESPONSE: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -208,29 +292,42 @@ _CALL = (
 )
 
 
-def _generate_arguments(generation_config, kwargs) -> dict[str, Any]:
-    """What `llm.generate` is called with, from what the caller asked for."""
+def _arguments_of(generation_config, kwargs) -> dict[str, Any]:
+    """What the caller asked for."""
     arguments = {} if generation_config is None else generation_config.to_diff_dict()
     arguments.pop("transformers_version", None)
-    arguments |= kwargs
-    known = {*vars(GenerationConfig()), *_GREEDY, *_OWN_LOOP, *_CALL}
+    return arguments | kwargs
+
+
+def _generate_arguments(arguments, dial) -> dict[str, Any]:
+    """What `llm.generate` is called with, from what the caller asked for."""
+    known = {*vars(GenerationConfig()), *_ONE_RESPONSE, *_OWN_LOOP, *_CALL}
     if unknown := sorted(set(arguments) - known):
-        raise TypeError(f"`generate_lossless` got unexpected arguments: {unknown}.")
-    if asked := _other_than(_GREEDY, arguments):
-        raise ValueError(
-            f"Lossless mode writes the LLM's greedy response, one, and returns its ids and counts; got {asked}."
-        )
+        raise TypeError(f"Drafting for `llm` got unexpected arguments: {unknown}.")
+    if asked := _other_than(_ONE_RESPONSE, arguments):
+        raise ValueError(f"Drafting for `llm` writes one response and returns its ids and counts; got {asked}.")
     if asked := _other_than(_OWN_LOOP, arguments):
         raise ValueError(
-            f"Lossless mode reads the prompt as it is and has a loop and a cache of its own, got {asked}."
+            f"Drafting for `llm` reads the prompt as it is, in a loop and a cache of its own; got {asked}."
         )
-    tokenizer = arguments.pop("tokenizer", None)
+    do_sample = bool(arguments.get("do_sample"))
+    if not dial.is_exact(do_sample):
+        asked = _other_than({"guidance_scale": 1}, arguments)
+        if isinstance(arguments.get("watermarking_config"), SynthIDTextWatermarkingConfig):
+            asked = "a SynthID watermark"
+        if asked:
+            raise ValueError(
+                f"Only a greedy response with `tolerance=0` can have {asked}: it remembers each token that it was "
+                "called for, and a draft may be taken back."
+            )
+    tokenizer = arguments.get("tokenizer")
     if arguments.get("stop_strings") is not None and tokenizer is not None:
         tokenizer = getattr(tokenizer, "llm_tokenizer", tokenizer)
-        strings = arguments.pop("stop_strings")
-        arguments["stopping_criteria"] = stop_at_strings(strings, tokenizer, arguments.get("stopping_criteria"))
-    arguments = {name: value for name, value in arguments.items() if name not in _GREEDY | _OWN_LOOP}
-    arguments |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        criteria = stop_at_strings(arguments["stop_strings"], tokenizer, arguments.get("stopping_criteria"))
+        arguments = arguments | {"stopping_criteria": criteria, "stop_strings": None}
+    left_out = {*_ONE_RESPONSE, *_OWN_LOOP, "tokenizer"}
+    arguments = {name: value for name, value in arguments.items() if name not in left_out}
+    arguments |= {"do_sample": do_sample, "num_beams": 1, "num_return_sequences": 1}
     # The loop below has a cache of its own, which can be cropped whatever the LLM's windows are.
     return arguments | {"use_cache": False, "cache_implementation": None}
 
@@ -241,6 +338,15 @@ def _other_than(values, arguments) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in asked.items())
 
 
+@dataclass
+class _Draft:
+    """Tokens that the SLM proposes, in the LLM's ids."""
+
+    tokens: list[int] = field(default_factory=list)
+    unsure: bool = False  # about one of them, so that the LLM is asked
+    distributions: list[torch.Tensor] = field(default_factory=list)  # what each was drawn from, in sampling
+
+
 def _draft_and_verify(
     llm,
     input_ids,
@@ -248,69 +354,98 @@ def _draft_and_verify(
     stopping_criteria,
     generation_config,
     start_drafter,
-    max_draft_tokens,
-    draft_confidence,
+    dial,
     streamer=None,
     encoder_outputs=None,
     **kwargs,
 ) -> LosslessOutput:
     """The decoding loop, in place of the one that `llm.generate` would run."""
-    is_encoder_decoder = llm.config.is_encoder_decoder
+    is_encoder_decoder, do_sample = llm.config.is_encoder_decoder, generation_config.do_sample
     response_start = 1 if is_encoder_decoder else input_ids.shape[1]
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_encoder_decoder else DynamicCache()
     fewer_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
     ends = generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
+    def process(logits, tokens):
+        """The draft's scores, as the LLM's are processed, behind `tokens` of the draft."""
+        written = torch.cat([input_ids, input_ids.new_tensor([tokens])], dim=1)
+        return logits_processor(written, logits[None].to(input_ids.device))[0]
+
+    # A greedy draft that is verified need not be processed.
+    processes_draft = do_sample or (len(logits_processor) > 0 and not dial.is_exact(do_sample))
+    drafting = {"dial": dial, "ends": ends, "process": process if processes_draft else None, "do_sample": do_sample}
     # Asked of each function that the LLM calls, so only where it can help.
     in_float32_on_a_cpu = llm.device.type == "cpu" and llm.dtype == torch.float32
     faster_linear = _FewRows() if in_float32_on_a_cpu else contextlib.nullcontext()
 
-    llm_calls = 1 if is_encoder_decoder else 0  # the encoder's
-    draft_tokens = accepted_tokens = 0
-    # An encoder has read the prompt; a decoder-only LLM does so in its first run.
-    drafter = start_drafter() if is_encoder_decoder else None
+    llm_calls = 1 if is_encoder_decoder or dial.never_asks else 0  # the encoder's, or that over the prompt alone
+    draft_tokens = accepted_tokens = unasked_tokens = 0
+    # An encoder has read the prompt; a decoder-only LLM that is asked does so in its first run.
+    drafter = None
+    if is_encoder_decoder or dial.never_asks:
+        drafter = start_drafter()
+        if dial.never_asks:
+            drafter.check_room(generation_config.max_length - response_start)
     unread, finished = input_ids, False
     while not finished:
         # 1. Draft.
-        draft = []
+        draft = _Draft()
         if drafter is not None:
-            room = generation_config.max_length - input_ids.shape[1] - 1
+            room = generation_config.max_length - input_ids.shape[1]
+            room -= dial.ask_below >= 1  # verified in any case, and the LLM writes one further
             response = input_ids[0, response_start:].tolist()
-            draft = drafter.draft(response, min(max_draft_tokens, room), draft_confidence, ends)
+            draft = drafter.draft(response, min(dial.max_draft_tokens, room), **drafting)
+        length = len(draft.tokens)
+        asked = draft.unsure or length == 0
         # 2. Verify: one run over what the LLM has not read yet and the draft.
-        new_ids = torch.cat([unread, unread.new_tensor([draft])], dim=1)
-        arguments = {"past_key_values": cache, "use_cache": True, "return_dict": True}
-        if fewer_logits:
-            arguments["logits_to_keep"] = len(draft) + 1
-        if is_encoder_decoder:
-            arguments |= {"encoder_outputs": encoder_outputs, "decoder_input_ids": new_ids}
-        else:
-            arguments["input_ids"] = new_ids
-        with faster_linear:
-            output = llm(**arguments)
-        if drafter is None:  # at once: guidance has the LLM read another prompt, too
-            drafter = start_drafter()
-        logits = output.logits[0, -len(draft) - 1 :].to(input_ids.device, torch.float32)
-        # 3. Write the LLM's tokens, as far as the draft agrees with them and one further.
+        if asked:
+            new_ids = torch.cat([unread, unread.new_tensor([draft.tokens])], dim=1)
+            arguments = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+            if fewer_logits:
+                arguments["logits_to_keep"] = length + 1
+            if is_encoder_decoder:
+                arguments |= {"encoder_outputs": encoder_outputs, "decoder_input_ids": new_ids}
+            else:
+                arguments["input_ids"] = new_ids
+            with faster_linear:
+                output = llm(**arguments)
+            logits = output.logits[0, -length - 1 :].to(input_ids.device, torch.float32)
+            if drafter is None:  # at once: guidance has the LLM read another prompt, too
+                drafter = start_drafter()
+                if dial.tolerance > 0:  # the run over the prompt scores the first token
+                    draft = drafter.draft([], 1, **drafting)
+        # 3. Write the draft as far as it stands and, if the LLM was asked, one token of its own.
         matches = 0
-        for position in range(len(draft) + 1):
-            scores = logits_processor(input_ids, logits[position][None])
-            token = scores.argmax(dim=-1)
+        for position in range(len(logits) if asked else length):
+            drafted = draft.tokens[position] if position < len(draft.tokens) else None
+            if not asked:
+                token = input_ids.new_tensor([drafted])
+            else:
+                scores = logits_processor(input_ids, logits[position][None])
+                if do_sample:
+                    token = _sampled(scores, drafted, draft.distributions[position:], dial.tolerance)
+                else:
+                    token = _best(scores, drafted, dial.tolerance)
             input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
             if streamer is not None:
                 streamer.put(token.cpu())
             finished = bool(stopping_criteria(input_ids, None).all())
-            matched = position < len(draft) and draft[position] == token.item()
+            matched = drafted == token.item()
             matches += matched
             if finished or not matched:
                 break
-        # 4. Forget what was rejected; the last token written is read next.
-        rejected = len(draft) - position
-        if rejected > 0:
-            cache.crop(-rejected)
-        unread = input_ids[:, -1:]
-        llm_calls, draft_tokens, accepted_tokens = llm_calls + 1, draft_tokens + len(draft), accepted_tokens + matches
+        # 4. Forget what was rejected; the LLM reads next what it has not read, the last token written for one.
+        if asked:
+            rejected = length - position
+            if rejected > 0:
+                cache.crop(-rejected)
+            unread = input_ids[:, -1:]
+        else:
+            unread = torch.cat([unread, input_ids[:, -matches:]], dim=1)
+            unasked_tokens += matches
+        llm_calls += asked
+        draft_tokens, accepted_tokens = draft_tokens + len(draft.tokens), accepted_tokens + matches
     if streamer is not None:
         streamer.end()
     return LosslessOutput(
@@ -319,7 +454,38 @@ def _draft_and_verify(
         draft_tokens=draft_tokens,
         accepted_tokens=accepted_tokens,
         acceptance_rate=accepted_tokens / max(draft_tokens, 1),
+        unasked_tokens=unasked_tokens,
     )
+
+
+def _best(scores: torch.Tensor, drafted: int | None, tolerance: float) -> torch.Tensor:
+    """
+    The LLM's best token, or `drafted` if its probability is at least `1 - tolerance` of the best one's; of shape
+    `(1,)`. `scores` are the LLM's, of shape `(1, vocab_size)`; their differences are ratios of probabilities.
+    """
+    best = scores.argmax(dim=-1)
+    if tolerance > 0 and drafted is not None:
+        if scores[0, drafted] >= scores[0, best] + math.log1p(-tolerance):
+            return best.new_tensor([drafted])
+    return best
+
+
+def _sampled(
+    scores: torch.Tensor, drafted: int | None, distributions: list[torch.Tensor], tolerance: float
+) -> torch.Tensor:
+    """
+    A token of shape `(1,)`, distributed as `scores`, `(1, vocab_size)`, say if the tolerance is 0, and never more than
+    `1 / (1 - tolerance)` times as likely. `drafted` was drawn from the first of `distributions`, each `(vocab_size,)`.
+    """
+    rest = p = scores[0].softmax(dim=-1)
+    if drafted is not None:
+        q = distributions[0]
+        if torch.rand((), device=p.device) < p[drafted] / ((1 - tolerance) * q[drafted]):
+            return torch.tensor([drafted], device=p.device)
+        rest = (p - q).clamp(min=0)
+        if not rest.any():  # one distribution, up to rounding
+            rest = p
+    return torch.multinomial(rest, num_samples=1)
 
 
 class _FewRows(TorchFunctionMode):
@@ -342,7 +508,7 @@ class _FewRows(TorchFunctionMode):
 
 
 class _Drafter:
-    """The SLM with an encoded prompt and a cache: it continues a response greedily, in the LLM's ids."""
+    """The SLM with an encoded prompt and a cache: it continues a response, in the LLM's ids."""
 
     def __init__(self, model, prompt_embeds):
         self.slm, self.embed, self.prompt_embeds = model.slm, model._embed_with_slm, prompt_embeds
@@ -352,12 +518,13 @@ class _Drafter:
         if self.is_encoder_decoder:
             self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             self.encoder_outputs = self.slm.get_encoder()(inputs_embeds=prompt_embeds, return_dict=True)
-            self.start_token, context_length = model.config.decoder_start_token_id, 1
+            self.start_token, self.context_length = model.config.decoder_start_token_id, 1
         else:
             self.cache = DynamicCache()
-            context_length = prompt_embeds.shape[1]
-        positions = max_positions(self.slm.config.get_text_config(decoder=True))
-        self.max_response_length = None if positions is None else positions - context_length
+            self.context_length = prompt_embeds.shape[1]
+        self.text_config = self.slm.config.get_text_config(decoder=True)
+        positions = max_positions(self.text_config)
+        self.max_response_length = None if positions is None else positions - self.context_length
         # The SLM's id of each of the LLM's, and back; -1 for none.
         self.slm_ids = model.prompt_token_map
         self.llm_vocab_size = model.config.llm_text_config.vocab_size
@@ -366,29 +533,55 @@ class _Drafter:
             self.llm_ids = self.slm_ids.new_full((model.config.vocab_size,), -1).long()
             self.llm_ids[self.slm_ids[known].long()] = known
 
-    def draft(self, response: list[int], limit: int, confidence: float, ends: set[int]) -> list[int]:
+    def check_room(self, length: int) -> None:
+        """Raises a `ValueError` if the SLM has not the positions for a response of `length` tokens."""
+        what = "response has" if self.is_encoder_decoder else PROMPT_AND_RESPONSE
+        check_positions("SLM", self.text_config, self.context_length + length, what)
+
+    def draft(
+        self,
+        response: list[int],
+        limit: int,
+        dial: _Dial,
+        ends: set[int],
+        process: Callable | None = None,
+        do_sample: bool = False,
+    ) -> _Draft:
         """Continues `response`, which has grown since the last call, by at most `limit` tokens."""
         if self.max_response_length is not None:
             limit = min(limit, self.max_response_length - len(response))
+        draft = _Draft()
         if limit <= 0:
-            return []
+            return draft
         same = 0
         while same < len(self.read) and self.read[same] == response[same]:
             same += 1
         if same < len(self.read):
             self.cache.crop(same - len(self.read))
         self.read = self.read[:same]
-        draft: list[int] = []
         unread, probability = response[same:], 1.0
-        while len(draft) < limit:
-            top = self._next_token_logits(unread).float().softmax(dim=-1).max(dim=-1)
-            probability *= float(top.values)
-            token = self._llm_id(int(top.indices))
-            if token is None:
-                break
-            draft.append(token)  # sure or not: the step is paid for, and to verify one token more costs little
+        token: int | None
+        while len(draft.tokens) < limit:
+            logits = self._next_token_logits(unread).float()
+            if process is not None:
+                distribution = process(self._over_the_llms_tokens(logits), draft.tokens).softmax(dim=-1)
+                choice = torch.multinomial(distribution, num_samples=1) if do_sample else distribution.argmax()
+                token, chance = int(choice), float(distribution[choice])
+                if do_sample:
+                    draft.distributions.append(distribution)
+            else:
+                if dial.never_asks:  # there is no one else to write
+                    logits = self._without_tokens_the_llm_lacks(logits)
+                top = logits.softmax(dim=-1).max(dim=-1)
+                token, chance = self._llm_id(int(top.indices)), float(top.values)
+                if token is None:
+                    break
+            draft.tokens.append(token)  # sure or not: the step is paid for, and to verify one more costs little
             unread = [token]
-            if probability < confidence or token in ends:
+            if dial.is_unsure(chance):
+                draft.unsure = True
+                probability *= chance
+            if probability < dial.draft_confidence or token in ends:
                 break
         return draft
 
@@ -413,6 +606,22 @@ class _Drafter:
             output = self.slm(inputs_embeds=embeds, **arguments)
         self.read += tokens
         return output.logits[0, -1]
+
+    def _without_tokens_the_llm_lacks(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.slm_ids is None:
+            return logits[: self.llm_vocab_size]
+        return logits.masked_fill(self.llm_ids.to(logits.device) < 0, -torch.inf)
+
+    def _over_the_llms_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(llm_vocab_size,)`: minus infinity for tokens that the SLM lacks."""
+        scores = logits.new_full((self.llm_vocab_size,), -torch.inf)
+        if self.slm_ids is None:
+            known = logits[: self.llm_vocab_size]
+            scores[: len(known)] = known
+            return scores
+        llm_ids = self.llm_ids.to(logits.device)
+        scores[llm_ids[llm_ids >= 0]] = logits[llm_ids >= 0]
+        return scores
 
     def _llm_id(self, token: int) -> int | None:
         """The LLM's id of a token of the SLM, `None` if the LLM has no such token."""

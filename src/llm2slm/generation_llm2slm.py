@@ -14,7 +14,8 @@ import threading
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
 
 from .arguments_llm2slm import (
     count_from_the_response,
@@ -35,6 +36,8 @@ from .inputs_llm2slm import (
     longest_row,
     num_prompts,
 )
+
+logger = logging.get_logger(__name__)
 
 # Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
 STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
@@ -62,6 +65,9 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         prompt_hidden_states: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         fast: bool = False,
+        llm: PreTrainedModel | None = None,
+        tolerance: float | None = None,
+        ask_below: float | None = None,
         **kwargs,
     ):
         r"""
@@ -81,6 +87,19 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
                 units for it). The first call takes some 20 seconds to compile (a few where the compiler's cache on
                 disk serves), as does the first of more than one response or beam. It needs what `torch.compile` needs
                 (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a note.
+            llm (`PreTrainedModel`, *optional*):
+                The LLM with its head and all its layers: the one that this model was trained behind, or that
+                fine-tuned. It verifies what the SLM writes, as in `generate_lossless`, whose arguments are taken too.
+                With a tolerance, `self.llm` encodes the prompt for the SLM if it is loaded; else `llm` does, in one
+                run for both, but a fine-tuned one's states are not those that the SLM has learned to read.
+            tolerance (`float`, *optional*, defaults to 0):
+                With `llm`, how far the response may be from the LLM's own, from 0 to 1. A drafted token is kept if
+                the LLM gives it at least `1 - tolerance` of its best token's probability; in sampling, no token is
+                more than `1 / (1 - tolerance)` times as likely as the LLM has it (Leviathan et al., 2023, appendix
+                A.5). With 0 the response is the LLM's own, with 1 this model's, and the LLM reads the prompt only.
+            ask_below (`float`, *optional*, defaults to `1 - tolerance`):
+                With `llm`, when it is asked, from 0 to 1: about a draft with a token to which the SLM gave less than
+                this probability. Other drafts are kept as they are. With 1 it is asked about each draft.
             kwargs:
                 Further arguments. `decoder_input_ids` of shape `(batch_size, length)` are the beginning of the
                 response, which is continued; with `labels`, as a trainer passes them, they are left out if they are
@@ -92,10 +111,26 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             Transformers, a decoder-only SLM's without. `max_length` and `max_new_tokens` both mean the response, the
             latter what is added to its beginning.
 
+            With `llm`, the ids are those of the *LLM's* tokenizer, begin as the LLM's do, and the output is a
+            [`LosslessOutput`] if `return_dict_in_generate=True`.
+
         Raises:
             ValueError: for an invalid prompt (see `encode_prompt`), an argument that is unknown or cannot be honoured,
-                and if the model is used as the `assistant_model` of a decoder-only LLM.
+                and if the model is used as the `assistant_model` of a decoder-only LLM. With `llm`, also for what
+                `generate_lossless` raises it for, and for a `tolerance` or `ask_below` that is not from 0 to 1.
         """
+        if llm is not None:
+            if prompt_hidden_states is not None or prompt_embeds is not None:
+                raise ValueError("With `llm`, that LLM reads the prompt: pass `input_ids`, not an encoded prompt.")
+            if fast:
+                logger.warning_once("`fast=True` does not go with `llm`: decoding in the plain way.")
+            check_prompt_kwargs(kwargs)
+            dial = {"tolerance": tolerance, "ask_below": ask_below}
+            input_ids = given_once(inputs, input_ids)
+            return self._generate_within_tolerance(llm, input_ids, attention_mask, generation_config, **dial, **kwargs)
+        for name, value in (("tolerance", tolerance), ("ask_below", ask_below)):
+            if value is not None:
+                raise ValueError(f"`{name}` is about what an LLM verifies: pass the LLM with its head as `llm`.")
         # 1. What is asked for; what cannot be had is refused before the LLM runs.
         is_encoder_decoder = self.config.slm_config.is_encoder_decoder
         max_length = kwargs.get("max_length")
