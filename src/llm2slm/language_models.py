@@ -106,6 +106,25 @@ def load_model(
     return model, tokenizer
 
 
+def load_models_tokenizer(
+    name: str, revision: str | None = None, llm: str | None = None, trained_llm: str | None = None
+) -> LLM2SLMTokenizer:
+    r"""
+    Loads the tokenizer of a model of any kind, without the model; arguments are those of [`load_model`].
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    _check_folder(name)
+    folder, gguf_file = split_gguf(name, None)
+    if gguf_file is None and find_adapter_config_file(folder, revision=revision) is not None:
+        check_installed("An adapter", "peft", install="pip install 'llm-to-slm[peft]'")
+        return _load_adapters_tokenizer(name, revision, *_find_base(name, revision, llm, trained_llm))
+    if _model_type(name, revision) == "llm2slm":
+        return LLM2SLMTokenizer.from_pretrained(name, revision=revision)
+    return _load_both_sides(name, revision)
+
+
 def _load_any(name, revision, llm, dtype, device, trained_llm):
     _check_folder(name)
     folder, gguf_file = split_gguf(name, None)
@@ -120,28 +139,43 @@ def _load_any(name, revision, llm, dtype, device, trained_llm):
 
 def _load_adapter(name, revision, llm, dtype, device, trained_llm):
     check_installed("An adapter", "peft", install="pip install 'llm-to-slm[peft]'")
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
-    has_tokenizer = not os.path.isdir(name) or os.path.exists(os.path.join(name, "tokenizer_config.json"))
-    try:
-        is_llm2slm = base is not None and _model_type(base, None) == "llm2slm"
-    except OSError:  # not there any more: --llm or the training may say where it is
-        is_llm2slm = False
+    base, is_llm2slm = _find_base(name, revision, llm, trained_llm)
     if is_llm2slm:
-        model, tokenizer = load_checkpoint(base, None, llm, dtype, device)
-        if has_tokenizer:
-            tokenizer = LLM2SLMTokenizer.from_pretrained(name, revision=revision)
+        model, _ = load_checkpoint(base, None, llm, dtype, device)
+        tokenizer = _load_adapters_tokenizer(name, revision, base, is_llm2slm)
     else:
-        base = llm or trained_llm or base
-        if base is None:
-            raise ValueError(f"The adapter {name!r} does not name its base model: say where it is with --llm.")
-        tokenizer = _load_both_sides(name, revision) if has_tokenizer else _load_both_sides(base, None)
+        tokenizer = _load_adapters_tokenizer(name, revision, base, is_llm2slm)
         model = _load_language_model(base, None, dtype, device)
     # Merged, as one would deploy it: without the adapter's own matrix products in each step.
     merged = PeftModel.from_pretrained(model, name, revision=revision).merge_and_unload().eval()
     read_states_in_one_piece(merged)  # PEFT leaves all but the adapter frozen
     return merged, tokenizer
+
+
+def _find_base(name, revision, llm, trained_llm) -> tuple[str, bool]:
+    """The base model of an adapter, and whether it is an LLM-to-SLM checkpoint."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    try:
+        if base is not None and _model_type(base, None) == "llm2slm":
+            return base, True
+    except OSError:  # not there any more: --llm or the training may say where it is
+        pass
+    base = llm or trained_llm or base
+    if base is None:
+        raise ValueError(f"The adapter {name!r} does not name its base model: say where it is with --llm.")
+    return base, False
+
+
+def _load_adapters_tokenizer(name, revision, base, is_llm2slm) -> LLM2SLMTokenizer:
+    has_own = not os.path.isdir(name) or os.path.exists(os.path.join(name, "tokenizer_config.json"))
+    if is_llm2slm:
+        source, revision = (name, revision) if has_own else (base, None)
+        return LLM2SLMTokenizer.from_pretrained(source, revision=revision)
+    return _load_both_sides(name, revision) if has_own else _load_both_sides(base, None)
 
 
 def _load_language_model(name, revision, dtype, device):
@@ -293,11 +327,22 @@ def response_loss(model, batch: dict[str, torch.Tensor]) -> float:
             `input_ids`, `attention_mask` and `labels`, and for LLM-to-SLM maybe `prompt_hidden_states`. Prompts of a
             decoder-only model are padded on the left.
     """
-    logits = model(**batch).logits if model.config.is_encoder_decoder else _decoder_only_logits(model, batch)
+    logits = response_logits(model, batch)
     loss = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch["labels"].to(logits.device).flatten(), ignore_index=-100, reduction="sum"
     )
     return loss.item()
+
+
+@torch.no_grad()
+def response_logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    r"""
+    Logits of shape `(batch_size, response_length, vocab_size)`, of which those at `i` predict label `i`.
+
+    Args:
+        model, batch: As [`response_loss`] takes them.
+    """
+    return model(**batch).logits if model.config.is_encoder_decoder else _decoder_only_logits(model, batch)
 
 
 def _decoder_only_logits(model, batch):

@@ -174,6 +174,65 @@ def token_map(llm_vocab_size: int, token_ids: Sequence[int]) -> torch.Tensor:
     return new_ids
 
 
+def find_token_ids(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> list[int] | None:
+    r"""
+    For each id of `trimmed` the id that `tokenizer` has for the token, if the one was trimmed from the other, or the
+    two are the same; `None` if they are neither.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The whole one.
+        trimmed (`PreTrainedTokenizerBase`): Maybe from [`trim_tokenizer`] of it.
+    """
+    old_ids, new_ids = tokenizer.get_vocab(), trimmed.get_vocab()
+    token_ids = [old_ids.get(token) for token in sorted(new_ids, key=new_ids.__getitem__)]
+    if old_ids == new_ids:
+        return token_ids
+    if None in token_ids or sorted(new_ids.values()) != list(range(len(new_ids))):
+        return None
+    if not (getattr(tokenizer, "is_fast", False) and getattr(trimmed, "is_fast", False)):
+        return None
+    fields, trimmed_fields = _fields_of(tokenizer), _fields_of(trimmed)
+    if any(fields[name] != trimmed_fields[name] for name in ("normalizer", "pre_tokenizer")):
+        return None
+    model, trimmed_model = fields["model"], trimmed_fields["model"]
+    if model["type"] != trimmed_model["type"] or model["type"] not in ("BPE", "Unigram"):
+        return None
+    kept = new_ids.keys()
+    if model["type"] == "BPE":
+        merges = [pair for pair in model["merges"] if kept >= {*pair, "".join(pair)}]
+        return token_ids if merges == trimmed_model["merges"] else None
+    pieces = [entry for entry in model["vocab"] if entry[0] in kept]
+    return token_ids if pieces == trimmed_model["vocab"] else None
+
+
+def first_pieces(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> torch.Tensor | None:
+    r"""
+    For each id of a tokenizer that of the first token in which one that was trimmed from it writes the token: the
+    token itself if it has that, and -1 for added tokens that it lacks.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The whole one.
+        trimmed (`PreTrainedTokenizerBase`): From [`trim_tokenizer`] of it, or the same.
+
+    Returns:
+        `torch.LongTensor` of shape `(vocab_size,)`, or `None` if [`find_token_ids`] finds them not to be related.
+    """
+    token_ids = find_token_ids(tokenizer, trimmed)
+    if token_ids is None:
+        return None
+    vocab = tokenizer.get_vocab()
+    pieces = token_map(max(vocab.values()) + 1, token_ids)
+    lacking = [token for token, i in vocab.items() if pieces[i] < 0]
+    if lacking:
+        added, model = tokenizer.get_added_vocab(), trimmed.backend_tokenizer.model
+        unknown = trimmed.unk_token_id
+        for token in lacking:
+            written = [] if token in added else model.tokenize(token)
+            if written and written[0].id != unknown:
+                pieces[vocab[token]] = written[0].id
+    return pieces
+
+
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> list[int]:
     """The ids as a list; a ValueError if one comes twice or is outside the vocabulary."""
     ids = [int(i) for i in token_ids]

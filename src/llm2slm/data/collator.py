@@ -1,6 +1,7 @@
 """From pairs of prompt and completion to batches: tokenization, with limits, and the collator of the trainers."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,11 @@ def tokenize_pairs(
         return tokenized.with_format(format_type, **dataset.format["format_kwargs"])
 
     def tokenize(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
-        return _encode(batch["prompt"], batch["completion"], tokenizer, rows, apply_prompt_format)
+        return encode_pairs(batch["prompt"], batch["completion"], tokenizer, rows, apply_prompt_format)
 
     def cut(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         prompts, completions = batch["prompt"], batch["completion"]
-        columns = _encode(prompts, completions, tokenizer, rows, apply_prompt_format, prompt_max_length)
+        columns = encode_pairs(prompts, completions, tokenizer, rows, apply_prompt_format, prompt_max_length)
         return {**columns, "labels": [ids[:response_max_length] for ids in columns["labels"]]}
 
     tokenized = dataset.map(tokenize, batched=True, with_indices=True, desc="Tokenizing")
@@ -133,9 +134,15 @@ def _lengths(dataset, column: str) -> np.ndarray:
     return pyarrow.compute.list_value_length(table[column]).to_numpy()
 
 
-def _encode(
-    prompts, completions, tokenizer, rows, apply_prompt_format: bool = True, prompt_max_length: int | None = None
+def encode_pairs(
+    prompts: list,
+    completions: list,
+    tokenizer: LLM2SLMTokenizer,
+    rows: Iterable[int],
+    apply_prompt_format: bool = True,
+    prompt_max_length: int | None = None,
 ) -> dict[str, list]:
+    """`input_ids` and `labels` of pairs, whatever their lengths; `rows` are their numbers in errors."""
     is_chat = not isinstance(prompts[0], str)
     texts = [_prompt_text(prompt, row, tokenizer, is_chat) for prompt, row in zip(prompts, rows, strict=True)]
     responses = [_response_text(completion, row) for completion, row in zip(completions, rows, strict=True)]
@@ -243,7 +250,7 @@ class DataCollatorForLLM2SLM:
                     f"The examples have neither `input_ids` nor {sorted(missing)}, only {sorted(columns)}. If the "
                     "data set has them, the trainer has dropped them: pass it `remove_unused_columns=False`."
                 )
-            columns |= _encode(columns["prompt"], columns["completion"], self.tokenizer, range(len(examples)))
+            columns |= encode_pairs(columns["prompt"], columns["completion"], self.tokenizer, range(len(examples)))
         pad = DataCollatorWithPadding(self.tokenizer.llm_tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         batch = dict(pad([{"input_ids": ids} for ids in columns["input_ids"]]))
         if "labels" in columns:

@@ -1,8 +1,7 @@
 """The LLM runs once per prompt, ever: its hidden states, kept on disk next to a tokenized data set.
 
-A cache is a folder, named by a hash of all that the states depend on besides the prompt: the LLM's weights, revision
-and layers, and the number formats. In it are shards, safetensors files written aside and then renamed: whatever is
-there is complete, and an interrupted run goes on with the prompts that no shard has.
+A cache is a folder of shards (see [`~llm2slm.data.shards`]), named by a hash of all that the states depend on besides
+the prompt: the LLM's weights, revision and layers, and the number formats.
 
 Choices made here:
 - Prompts are looked up one by one, so another data set, or a part of one, finds the prompts it shares with an earlier.
@@ -14,31 +13,20 @@ Choices made here:
 
 import hashlib
 import json
-import logging
 import os
-import shutil
-import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow
 import torch
 from datasets import Dataset
 from datasets.features.features import register_feature
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 from ..loading_llm2slm import fingerprint
 from .collator import check_dataset
-
-logger = logging.getLogger(__name__)
+from .shards import TOKENS_PER_BATCH, fill_cache, hash_ids, in_groups, read_place
 
 COLUMN = "prompt_hidden_states"
 # All that `datasets` says of a type it does not know is the name: it names what to import.
@@ -46,11 +34,6 @@ FEATURE_TYPE = "llm2slm.PromptHiddenStates"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What a kill loses at most is the work on one shard: half a minute to a minute of SmolLM2-135M on two cores.
 SHARD_BYTES = 32 * 2**20
-# Shards mapped into memory at a time, least recently used out first: no data set takes more than this of them.
-MAPPED_SHARDS = 32
-# Tokens, padding included, of one forward of the LLM. On a CPU more is slower: what lies between an MLP's layers is
-# then too large for the allocator to keep (SmolLM2-135M, one core: 1,024 tokens a batch are 8% slower than 512).
-TOKENS_PER_BATCH = {"cpu": 512, "other": 16384}
 
 
 def cache_prompt_features(
@@ -97,20 +80,15 @@ def cache_prompt_features(
             f"The data set already has `{COLUMN}` that are not those of {folder}: another LLM, revision, layer or "
             f"number format wrote them. Remove the column to cache this LLM's."
         )
-    prompts = _prompts(dataset)
-    places = _find_places(folder)
-    if any(key not in places for key, _ in prompts):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Of the processes of one training, the first to come writes, the others wait and read.
-        lock = FileLock(folder / "lock")
-        try:
-            held = lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning(f"Another process writes prompt features to {folder}: waiting until it is done.")
-            held = lock.acquire()
-        with held:
-            _write_missing(dataset, prompts, _find_places(folder), model, folder, DTYPES[dtype], llm_kwargs or {})
-        places = _find_places(folder)
+    prompts, llm_kwargs = _prompts(dataset), llm_kwargs or {}
+    token_bytes = model.config.prompt_hidden_size * DTYPES[dtype].itemsize
+
+    def compute(shard, progress):
+        if model.llm is None:
+            model.load_llm(**llm_kwargs)
+        return {"states": _states(dataset, shard, model, DTYPES[dtype], progress)}
+
+    places = fill_cache(folder, prompts, compute, token_bytes, SHARD_BYTES, ("prompt features", "prompts"))
     return dataset.add_column(COLUMN, [places[key] for key, _ in prompts], feature=PromptHiddenStates(str(folder)))
 
 
@@ -142,25 +120,12 @@ class PromptHiddenStates:
 
     def decode_example(self, value: str, token_per_repo_id=None) -> torch.Tensor:
         """The states at a place, of shape `(prompt_length, prompt_hidden_size)`."""
-        shard, start, length = value.split(":")
-        return _map_shard(os.path.join(self.folder, shard))[int(start) : int(start) + int(length)]
+        return read_place(self.folder, value, "prompt features", "run `cache_prompt_features` again")["states"]
 
 
 with warnings.catch_warnings():  # it says that it is experimental
     warnings.simplefilter("ignore")
     register_feature(PromptHiddenStates, FEATURE_TYPE)
-
-
-@lru_cache(maxsize=MAPPED_SHARDS)
-def _map_shard(path: str) -> torch.Tensor:
-    """The states of a shard, of shape `(tokens, prompt_hidden_size)`; the disk is read where a row is touched."""
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return shard.get_tensor("states")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"The cached prompt features {path} are gone: run `cache_prompt_features` again."
-        ) from error
 
 
 def _cache_name(model, dtype: str, llm_kwargs: dict) -> str:
@@ -194,61 +159,17 @@ def _prompts(dataset: Dataset) -> list[tuple[bytes, int]]:
         for ids in batch["input_ids"]:
             if len(ids) == 0:
                 raise ValueError(f"The prompt of row {len(prompts)} is empty.")
-            prompts.append((hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest()[:16], len(ids)))
+            prompts.append((hash_ids(ids), len(ids)))
     return prompts
 
 
-def _find_places(folder: Path) -> dict[bytes, str]:
-    """Where the states of each prompt are, as `shard:start:length`."""
-    places = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as shard:
-            keys, lengths = shard.get_tensor("keys"), shard.get_tensor("lengths")
-        starts = np.cumsum(lengths) - lengths
-        for key, start, length in zip(keys, starts.tolist(), lengths.tolist(), strict=True):
-            places[key.tobytes()] = f"{path.name}:{start}:{length}"
-    return places
-
-
-def _write_missing(dataset, prompts, places, model, folder: Path, dtype: torch.dtype, llm_kwargs: dict):
-    """Runs the LLM once for each prompt that has no place yet, the longest first: they need most memory."""
-    distinct = {key: (length, row) for row, (key, length) in enumerate(prompts)}
-    missing = sorted(((*distinct[key], key) for key in distinct if key not in places), reverse=True)
-    if not missing:
-        return
-    tokens, all_tokens = sum(length for length, *_ in missing), sum(length for length, _ in distinct.values())
-    token_bytes = model.config.prompt_hidden_size * dtype.itemsize
-    free = shutil.disk_usage(folder).free
-    size = f"{tokens * token_bytes / 2**30:.2f} GiB"
-    if tokens * token_bytes > free:
-        raise OSError(f"The prompt features need {size}, but {folder} has {free / 2**30:.2f} GiB free.")
-    tqdm.write(f"Caching prompt features: {len(missing):,} prompts, {size} in {folder}", file=sys.stderr)
-    if model.llm is None:
-        model.load_llm(**llm_kwargs)
-    for part in folder.glob("*.part"):  # of a run that was killed
-        part.unlink()
-    with tqdm(total=all_tokens, initial=all_tokens - tokens, unit="tok", unit_scale=True) as progress:
-        for shard in _in_groups(missing, max(1, SHARD_BYTES // token_bytes)):
-            _write_shard(folder, dataset, shard, model, dtype, progress)
-
-
-def _in_groups(prompts: list[tuple], max_tokens: int) -> Iterator[list[tuple]]:
-    """Consecutive prompts, the longest first, as many as have `max_tokens` padded to the longest; at least one."""
-    start = 0
-    for end in range(1, len(prompts) + 1):
-        if end == len(prompts) or (end + 1 - start) * prompts[start][0] > max_tokens:
-            yield prompts[start:end]
-            start = end
-
-
-def _write_shard(folder: Path, dataset, prompts: list[tuple[int, int, bytes]], model, dtype, progress):
-    keys = b"".join(key for *_, key in prompts)
-    lengths = torch.tensor([length for length, *_ in prompts])
-    states = torch.empty(int(lengths.sum()), model.config.prompt_hidden_size, dtype=dtype)
+def _states(dataset, prompts: list[tuple[int, int, bytes]], model, dtype: torch.dtype, progress) -> torch.Tensor:
+    """The states of a shard's prompts, one behind the other."""
+    states = torch.empty(sum(length for length, *_ in prompts), model.config.prompt_hidden_size, dtype=dtype)
     tokens_per_batch = TOKENS_PER_BATCH.get(model.llm.device.type, TOKENS_PER_BATCH["other"])
     ids = dataset.select_columns(["input_ids"]).with_format(None)
     start = 0
-    for batch in _in_groups(prompts, tokens_per_batch):
+    for batch in in_groups(prompts, tokens_per_batch):
         batch_states = _run_llm(model, ids[[row for _, row, _ in batch]]["input_ids"]).to(dtype).cpu()
         if not torch.isfinite(batch_states).all():
             raise ValueError(
@@ -258,18 +179,7 @@ def _write_shard(folder: Path, dataset, prompts: list[tuple[int, int, bytes]], m
         states[start : start + len(batch_states)] = batch_states
         start += len(batch_states)
         progress.update(len(batch_states))
-    path = folder / f"{hashlib.sha256(keys).hexdigest()[:16]}.safetensors"
-    content = {
-        "states": states,
-        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(prompts), -1),
-        "lengths": lengths,
-    }
-    try:
-        save_file(content, path.with_suffix(".part"))
-    except SafetensorError as error:
-        path.with_suffix(".part").unlink(missing_ok=True)
-        raise OSError(f"The prompt features cannot be written to {folder}: {error}") from error
-    path.with_suffix(".part").rename(path)
+    return states
 
 
 def _run_llm(model, prompts: list[list[int]]) -> torch.Tensor:

@@ -193,11 +193,14 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
         for part, number in trained["parameters"].items()
     ]
     memory = f", peak memory {train['peak_memory_gib']:.1f} GiB" if train["peak_memory_gib"] else ""
-    losses = {"training, at the end": train["final_loss"], "validation": train["eval_loss"]}
+    teacher = trained.get("teacher")  # older records have none
+    mixed = ", with the divergence from the teacher" if teacher else ""
+    losses = {f"training, at the end{mixed}": train["final_loss"], "validation": train["eval_loss"]}
     said = [f"{loss:.3f} ({what})" for what, loss in losses.items() if loss is not None]
     return [
         f"Data: {source}, {data['train_pairs']:,} training and {data['validation_pairs']:,} validation pairs"
         f"{''.join(formats)}. {split_by or ''}SHA-256 of the training texts: `{data['fingerprint']}`.",
+        *([describe_teacher(teacher)] if teacher else []),
         f"Parameters: {', '.join(sizes)}.",
         f"{train['steps']:,} optimizer steps ({train['epochs']:.2f} epochs) in {duration(train['seconds'])} on "
         f"{processor(machine)}{memory}; "
@@ -205,6 +208,17 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
         f"Cross-entropy in nats per response token: {', '.join(said) or 'not recorded'}.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in trained['versions'].items())}.",
     ]
+
+
+def describe_teacher(teacher: dict[str, Any]) -> str:
+    """What else than the responses was learned from."""
+    name, prompt_format = data_name(teacher["name_or_path"]), teacher["prompt_format"]
+    reads = f", which reads prompts in the form {as_code(prompt_format)}" if prompt_format else ""
+    return (
+        f"Taught by `{name}`{reads}: its distributions of the responses have a share of {teacher['weight']:g} in the "
+        f"loss (the {teacher['top_k']} likeliest tokens and all others as one, temperature "
+        f"{teacher['temperature']:g})."
+    )
 
 
 def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dict | None) -> list[str]:

@@ -3,6 +3,7 @@
 No torch and no transformers, so that `llm2slm train --help` stays quick.
 """
 
+import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -92,6 +93,22 @@ class TrainOptions:
     slm_layers: list[int] | None = _option(None, "layers of a slice, from 0")
     slice_of: str = _option("", "language model that is sliced; the LLM if omitted")
 
+    teacher: str = _option(
+        "",
+        "learn from the distributions of this model too: a folder of --arm llm, an adapter or any model with the SLM's"
+        " tokenizer, whole where the SLM's is trimmed",
+    )
+    teacher_weight: float = _option(
+        0.5, "share of the divergence from the teacher in the loss, from 0 to 1; the rest is cross-entropy"
+    )
+    teacher_temperature: float = _option(1.0, "divides the log-probabilities of teacher and student")
+    teacher_top_k: int = _option(32, "likeliest tokens of the teacher that are kept; the others count as one")
+    teacher_prompt_format: str | None = _option(
+        None,
+        "text of a prompt that the teacher reads, made of the columns; as in its training, or --prompt-format, if"
+        " omitted",
+    )
+
     projector_learning_rate: float | None = _option(None, "the projector's; --learning-rate if omitted")
     lora_r: int | None = _option(
         None, "rank of LoRA on the SLM, or on the LLM of --arm llm (16 there if omitted); the whole SLM if omitted"
@@ -102,7 +119,9 @@ class TrainOptions:
     features_dtype: Literal["auto", "float16", "bfloat16"] = _option(
         "auto", "number format they are kept in; auto: bfloat16 for an LLM in bfloat16, else float16"
     )
-    cache_dir: str = _option("", "folder of these states; llm2slm in HF_HOME if omitted")
+    cache_dir: str = _option(
+        "", "folder of these states, and of a teacher's distributions; llm2slm in HF_HOME if omitted"
+    )
 
     def __post_init__(self):
         self.recipe = differences(self)
@@ -114,6 +133,7 @@ class TrainOptions:
             self._check_slm()
         if self.arm == "llm2slm" or (self.arm == "slm" and self.start == "states"):
             self._check_start()
+        self._check_teacher()
         for name in (
             "prompt_max_length",
             "response_max_length",
@@ -121,6 +141,7 @@ class TrainOptions:
             "max_train_pairs",
             "max_validation_pairs",
             "lora_r",
+            "teacher_top_k",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -162,6 +183,21 @@ class TrainOptions:
             raise ValueError(
                 "`llm_tokenizer: trimmed` cuts prompts into the tokens of an SLM that has some of the LLM's: it needs "
                 f"`slm_tokenizer: trimmed`, got {self.slm_tokenizer!r}."
+            )
+
+    def _check_teacher(self):
+        if not self.teacher:
+            if given := [name for name in self.recipe if name.startswith("teacher_")]:
+                raise ValueError(f"`{given[0]}` is about a teacher: say which, `teacher`.")
+            return
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"`teacher_weight` must be from 0 to 1, got {self.teacher_weight}.")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(f"`teacher_temperature` must be positive, got {self.teacher_temperature}.")
+        if self.arm != "llm" and self.slm == "fresh" and self.slm_tokenizer == "own":
+            raise ValueError(
+                "A teacher and its student need one tokenizer, and a fresh SLM's own is no other model's: set "
+                "`slm_tokenizer` to 'llm' or 'trimmed', with an LLM that has the teacher's."
             )
 
     def _check_start(self):

@@ -21,13 +21,14 @@ def count_trained(model) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def plot_losses(log_history: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws training and evaluation loss against steps, as a PNG."""
+def plot_losses(log_history: list[dict[str, Any]], title: str, path: Path, taught: bool = False) -> None:
+    """Draws training and evaluation loss against steps, as a PNG; `taught`: whether a teacher is in the former."""
     check_installed("A picture", "matplotlib")
     from matplotlib.figure import Figure
 
+    training = "training, with the divergence from the teacher" if taught else "training"
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
-    for name, label, marker in (("loss", "training", ""), ("eval_loss", "evaluation", "o")):
+    for name, label, marker in (("loss", training, ""), ("eval_loss", "evaluation", "o")):
         points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)

@@ -16,17 +16,20 @@ from ..data.pairs import describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
 from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_json
 from . import record, setup
+from .distillation import DistillingTrainer, TaughtCollator
 from .options import TrainOptions
 from .run_folder import (
     ELSEWHERE,
     REPORT,
     START,
+    TEACHER,
     last_complete_checkpoint,
     move_to_top,
     open_run_folder,
     remove_incomplete_checkpoints,
     write_folder,
 )
+from .teacher import Teaching, check_teacher, describe_counts, teach, teachers_format
 from .trainer import FreedMemory, SecondsInLog, SimilarLengthTrainer, TrainerOptions, parameter_groups
 
 
@@ -51,6 +54,8 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
     check_installed("Training", "datasets", "matplotlib", *([] if options.lora_r is None else ["peft"]))
     if options.projector_learning_rate is not None and (training.fsdp or training.deepspeed):
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
+    if options.teacher and training.label_smoothing_factor:
+        raise ValueError("A teacher says what else might stand there: leave out `label_smoothing_factor`.")
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
         raise ValueError("DeepSpeed's ZeRO stage 3 is not supported: choose stage 1 or 2.")
     folder = Path(training.output_dir)
@@ -70,8 +75,11 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         open_run_folder(folder, recipe)
         if (folder / REPORT).exists():
             shutil.rmtree(folder / START, ignore_errors=True)
+            shutil.rmtree(folder / TEACHER, ignore_errors=True)
             _say(training, f"This training is finished: its result is in {folder}.")
             return
+        if options.teacher:
+            check_teacher(options)
         pairs, parts = setup.load_splits(options), setup.find_parts(options)
         if parts is not None:
             _say(training, describe_parts(options.data, parts))
@@ -87,16 +95,28 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         if options.arm == "llm2slm" and options.cache_features:
             examples = setup.cache_features(options, examples, model)
             model.llm = None
+        teaching = None
+        if options.teacher:
+            examples["train"], teaching = teach(options, examples["train"], tokenizer, training.device, folder)
+            if cut := describe_counts(teaching.counts):
+                _say(training, cut)
         remove_incomplete_checkpoints(folder, training.world_size)
     parameters = record.count_parameters(options.arm, model)
-    collator = setup.make_collator(options, model, tokenizer)
+    collator, trainer_class, more = setup.make_collator(options, model, tokenizer), SimilarLengthTrainer, {}
+    if teaching is not None:
+        collator, trainer_class = TaughtCollator(collator, teaching), DistillingTrainer
+        more = {
+            "weight": options.teacher_weight,
+            "temperature": options.teacher_temperature,
+            "shift": not model.config.is_encoder_decoder,
+        }
     if options.lora_r is not None:
         set_seed(training.seed)
         model = setup.with_lora(options, model)
     parameters["trained"] = record.count_trained(model)
     _check_disk(folder, model, training)
 
-    trainer = SimilarLengthTrainer(
+    trainer = trainer_class(
         model,
         training,
         data_collator=collator,
@@ -105,6 +125,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         processing_class=tokenizer,
         optimizers=(_make_optimizer(options, training, model), None),
         callbacks=[SecondsInLog(), FreedMemory()],
+        **more,
     )
     checkpoint = last_complete_checkpoint(folder, training.world_size)
     _say(
@@ -116,7 +137,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         metrics = _load_trained(trainer, checkpoint)
     else:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    finish(options, training, recipe, folder, trainer, examples, parts, parameters, metrics)
+    finish(options, training, recipe, folder, trainer, examples, parts, teaching, parameters, metrics)
 
 
 def _steps_left(checkpoint: Path) -> int:
@@ -132,7 +153,7 @@ def _load_trained(trainer: Seq2SeqTrainer, checkpoint: Path) -> dict[str, float]
     return {"epoch": trainer.state.epoch, "total_flos": trainer.state.total_flos}
 
 
-def finish(options, training, recipe, folder: Path, trainer, examples, parts, parameters, metrics) -> None:
+def finish(options, training, recipe, folder: Path, trainer, examples, parts, teaching, parameters, metrics) -> None:
     """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
@@ -154,12 +175,13 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parts, pa
     move_to_top(aside, folder)
 
     losses = [entry for entry in history if "loss" in entry]
-    record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png")
+    record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png", taught=teaching is not None)
     content = {
         "arm": options.arm,
         "recipe": {name: value for name, value in recipe.items() if name not in ELSEWHERE},
         "llm": _source(options.llm) if options.llm else None,
         "slm": None if options.arm == "llm" else _slm_source(options),
+        "teacher": None if teaching is None else _teacher_source(options, teaching),
         "data": {
             "source": recorded_source(options.data),
             "fingerprint": hash_texts(examples["train"]),
@@ -183,7 +205,8 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parts, pa
         "seed": training.seed,
     }
     write_json(folder / REPORT, content, replace=True)
-    shutil.rmtree(folder / START, ignore_errors=True)
+    for made_first in (START, TEACHER):
+        shutil.rmtree(folder / made_first, ignore_errors=True)
     _say(training, f"Finished: {shown(folder)}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
 
 
@@ -198,6 +221,17 @@ def _slm_source(options: TrainOptions) -> dict[str, Any]:
     if options.slm == "slice":
         return _source(options.slice_of or options.llm) | {"layers": options.slm_layers}
     return _source(options.slm)
+
+
+def _teacher_source(options: TrainOptions, teaching: Teaching) -> dict[str, Any]:
+    return _source(options.teacher) | {
+        "weight": options.teacher_weight,
+        "temperature": options.teacher_temperature,
+        "top_k": options.teacher_top_k,
+        "prompt_format": teachers_format(options),
+        "distributions": teaching.folder.name,
+        **teaching.counts,
+    }
 
 
 def _make_optimizer(options, training, model):

@@ -1,7 +1,7 @@
 """The folder of one training: which training's it is, where that can be resumed, and results that are whole or absent.
 
 - `recipe.yaml` is written first: the options that differ from the defaults. A folder with another one is refused.
-- `start/` is the model before the first step, gone at the end.
+- `start/` is the model before the first step, and `teacher/` says what its teacher is; both are gone at the end.
 - `checkpoint-N/` are the Trainer's, which writes them in place: one is complete once its last file is.
 - The result is written aside and moved to the top; `run.json`, last, says that the training is finished.
 """
@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils import write_whole
 
-RECIPE, START, REPORT = "recipe.yaml", "start", "run.json"
+RECIPE, START, TEACHER, REPORT = "recipe.yaml", "start", "teacher", "run.json"
 # What may differ when a training is resumed: it changes nothing of the result.
 ELSEWHERE = ("output_dir", "cache_dir", "disable_tqdm", "log_level", "dataloader_num_workers", "ddp_timeout")
 
@@ -40,7 +40,8 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
         raise NotADirectoryError(f"`output_dir` {str(folder)!r} is a file.")
     path, part = folder / RECIPE, folder / f"{RECIPE}.part"
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    before_the_first_step = {path, part, folder / START, folder / f"{START}.part"}
+    made_first = [folder / START, folder / TEACHER]
+    before_the_first_step = {path, part, *made_first, *(made.with_name(f"{made.name}.part") for made in made_first)}
     if path.is_file():
         there, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
         names = sorted((there.keys() | here.keys()) - set(ELSEWHERE))
@@ -53,7 +54,8 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
                 f"{_said(there, different[0])}, here it is {_said(here, different[0])}. Choose another folder, or "
                 "remove it."
             )
-        shutil.rmtree(folder / START, ignore_errors=True)
+        for made in made_first:
+            shutil.rmtree(made, ignore_errors=True)
     elif folder.is_dir() and set(folder.iterdir()) - {part}:
         raise FileExistsError(
             f"`output_dir` {str(folder)!r} holds other things than a training: choose a new folder, or empty it."

@@ -34,6 +34,7 @@ from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_ggu
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .options import TrainOptions
+from .teacher import add_teachers_prompts
 from .trainer import LENGTH
 
 FRESH_VOCAB_SIZE = 8192
@@ -51,6 +52,8 @@ def load_splits(options: TrainOptions) -> dict[str, Dataset]:
         for name, split in named.items()
         if split != "none"
     }
+    if options.teacher:
+        splits["train"] = add_teachers_prompts(options, splits["train"])
     return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}
 
 
