@@ -7,7 +7,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ..configuration_llm2slm import LLM2SLMConfig
-from ..loading_llm2slm import slm_auto_class
+from ..loading_llm2slm import llm_auto_class, slm_auto_class
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 
 
@@ -43,12 +43,20 @@ class PromptEncoder(nn.Module):
         self.places = {"projector.": "projector.", "prompt_token_map": "prompt_token_map", "llm.": "llm."}
         if config.fusion == "add" and config.shared_tokenizer:
             embeddings = slm.get_input_embeddings().to_empty(device=device)
+            slm._init_weights(embeddings)  # what is not stored: the scale of Gemma's
             name = next(name for name, module in slm.named_modules() if module is embeddings)
             self.places[f"slm.{name}."] = "slm.embeddings."
-        with device, no_init_weights():
-            self.pair = LLM2SLMForConditionalGeneration(config, slm=slm)
+        llm = None
+        with device:
+            if config.include_llm or config.llm_name_or_path is None:
+                # T5's encoder class changes the configuration it is given.
+                llm_config = copy.deepcopy(config.llm_config)
+                with no_init_weights():
+                    llm = llm_auto_class(llm_config).from_config(llm_config, dtype=dtype)
+            self.pair = LLM2SLMForConditionalGeneration(config, llm=llm, slm=slm)
+        self.pair.projector.to(dtype)
         self.pair.slm = SLMEmbeddings(embeddings, dtype)
-        self.pair.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.pair.requires_grad_(False).eval()
         self.dtype = dtype
 
     def place_of(self, name: str) -> str | None:
