@@ -5,7 +5,7 @@ from vllm.platforms import current_platform
 
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..loading_llm2slm import max_positions
-from .vllm_plugin import TOKENIZER_MODE
+from .vllm_plugin import PROMPT_FOLDER, TOKENIZER_MODE
 
 PROMPT = "prompt"  # vLLM's name for the one kind of item that is encoded
 SPECULATION = ("ngram",)  # drafts from the text itself; other methods load a model that cannot read the encoded prompt
@@ -74,7 +74,10 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
-        """Raises a `ValueError` for speculation with a draft model, and for pipeline parallelism."""
+        """
+        Raises a `ValueError` for speculation with a draft model, for pipeline parallelism, and for a connector that a
+        prompt which was never encoded ends.
+        """
         speculation = vllm_config.speculative_config
         if speculation is not None and speculation.method not in SPECULATION:
             raise ValueError(
@@ -86,3 +89,15 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
                 "A pair is not split by layers: leave out `--pipeline-parallel-size`; `--tensor-parallel-size` is "
                 "served."
             )
+        transfer = vllm_config.ec_transfer_config
+        if transfer is not None and transfer.ec_connector == "ECExampleConnector":
+            raise ValueError(
+                f"A prompt that was never encoded would end this server: its connector is {PROMPT_FOLDER!r} instead, "
+                "with the same settings."
+            )
+
+
+def writes_only(vllm_config) -> bool:
+    """Whether this server has no LLM: another one encodes its prompts."""
+    transfer = vllm_config.ec_transfer_config
+    return transfer is not None and transfer.is_ec_consumer and not transfer.is_ec_producer

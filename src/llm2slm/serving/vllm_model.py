@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import (
 from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
-from .vllm_config import PROMPT, max_prompt_length, placeholder_id
+from .vllm_config import PROMPT, max_prompt_length, placeholder_id, writes_only
 from .vllm_encoder import PromptEncoder
 
 
@@ -118,9 +118,12 @@ class LLM2SLMForVLLM(nn.Module, SupportsMultiModal, SupportsLoRA):
                 prefix=maybe_prefix(prefix, "slm"),
                 architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[slm_config.model_type]],
             )
-        self.encoder: PromptEncoder | None = None
         transfer = vllm_config.ec_transfer_config
-        if transfer is None or transfer.is_ec_producer or not transfer.is_ec_consumer:
+        if transfer is not None and transfer.is_encode_only:
+            # vLLM does not read files of the SLM alone where it has none, and the encoder may need its embeddings.
+            self._language_model_names = []
+        self.encoder: PromptEncoder | None = None
+        if not writes_only(vllm_config):
             with self._mark_tower_model(vllm_config, PROMPT):
                 self.encoder = PromptEncoder(
                     self.config, vllm_config.model_config.dtype, torch.device(vllm_config.device_config.device)

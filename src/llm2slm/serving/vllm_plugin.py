@@ -9,11 +9,13 @@ The registries of renderers, tokenizers and configurations are vLLM's internals:
 
 ARCHITECTURE = "LLM2SLMForConditionalGeneration"
 TOKENIZER_MODE = "llm2slm"  # vLLM's name for the pair of a tokenizer and a renderer
+PROMPT_FOLDER = "LLM2SLMPromptFolder"  # the name of what joins two servers (vllm_connector.py)
 
 
 def register() -> None:
     """Tells vLLM of the model, its configuration, its tokenizers and its renderer; a second call changes nothing."""
     from vllm import ModelRegistry
+    from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
@@ -29,4 +31,5 @@ def register() -> None:
     _CONFIG_REGISTRY[ServedConfig.model_type] = ServedConfig
     TokenizerRegistry.register(TOKENIZER_MODE, f"{__package__}.vllm_rendering", "ServedTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, f"{__package__}.vllm_rendering", "LLM2SLMRenderer")
+    ECConnectorFactory.register_connector(PROMPT_FOLDER, f"{__package__}.vllm_connector", "PromptFolder")
     refuse_unserved_parameters()

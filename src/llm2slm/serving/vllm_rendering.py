@@ -4,14 +4,16 @@ import functools
 from dataclasses import replace
 from functools import cached_property
 
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from .vllm_config import PROMPT, max_prompt_length, placeholder_id
-from .vllm_plugin import ARCHITECTURE
+from .vllm_config import PROMPT, max_prompt_length, placeholder_id, writes_only
+from .vllm_plugin import ARCHITECTURE, PROMPT_FOLDER
 
 # How the text of a chat is tokenized: a key of the prompt, until it is.
 CHAT = "llm2slm_chat"
@@ -50,6 +52,12 @@ class ServedTokenizer:
 
 class LLM2SLMRenderer(HfRenderer):
     """Makes of each prompt the one item that the pair's encoder takes."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__(config, tokenizer)
+        self._folder = None
+        if writes_only(config) and config.ec_transfer_config.ec_connector == PROMPT_FOLDER:
+            self._folder = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
 
     # ------------------------------------------------------------------------------------------------- text and chats
     @cached_property
@@ -97,10 +105,18 @@ class LLM2SLMRenderer(HfRenderer):
 
     # -------------------------------------------------------------------------------------------------- ids to the item
     def _process_tokens(self, prompt, **kwargs):
-        return super()._process_tokens(self._as_item(prompt), **kwargs)
+        return self._encoded(super()._process_tokens(self._as_item(prompt), **kwargs))
 
     async def _process_tokens_async(self, prompt, **kwargs):
-        return await super()._process_tokens_async(self._as_item(prompt), **kwargs)
+        return self._encoded(await super()._process_tokens_async(self._as_item(prompt), **kwargs))
+
+    def _encoded(self, engine_input):
+        if self._folder is not None and not self._folder.has_cache_item(engine_input["mm_hashes"][PROMPT][0]):
+            raise VLLMValidationError(
+                "This server has no LLM, and the prompt has not been encoded: send it to a server that encodes first.",
+                parameter="prompt",
+            )
+        return engine_input
 
     def _as_item(self, prompt):
         if prompt.get("multi_modal_data") or prompt.get("multi_modal_uuids"):
