@@ -1,4 +1,4 @@
-"""vLLM serves a checkpoint. `make test-vllm` runs these in an environment of their own: vLLM holds transformers back."""
+"""vLLM serves a checkpoint. `make test-vllm` runs these in an environment of their own: vLLM caps transformers."""
 
 import json
 import os
@@ -44,6 +44,7 @@ SMALL = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 LANGUAGE_MODEL_ONLY = {"limit_mm_per_prompt": {"prompt": 0}}
+DEBUGGING = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
 
 
@@ -97,12 +98,13 @@ def written(engine, prompts):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+# The one with n-grams last: vLLM starts no other engine in a process that has had one.
 @pytest.mark.parametrize(
     "llm, slm, fusion, slim, options",
     [
         ("t5", "qwen2", "add_different", False, {}),
         ("gemma3", "gemma3", "add_shared", False, {}),
-        ("llama", "llama", "replace", True, {"speculative_config": NGRAM}),  # the last: no engine starts in a process behind it
+        ("llama", "llama", "replace", True, {"speculative_config": NGRAM}),
     ],
 )
 def test_greedy_tokens_equal_generate_and_a_repeated_prompt_runs_no_llm(tmp_path, llm, slm, fusion, slim, options):
@@ -125,6 +127,8 @@ def test_greedy_tokens_equal_generate_and_a_repeated_prompt_runs_no_llm(tmp_path
     "options, message",
     [
         ({"speculative_config": DRAFT}, "Speculation by 'draft_model'"),
+        ({"runner": "pooling"}, "has no embeddings and no scores"),
+        ({"ec_transfer_config": DEBUGGING}, "would end this server"),
         ({"tokenizer_mode": "hf"}, "two tokenizers"),
         ({"skip_tokenizer_init": True}, "pass its tokenizers"),
         ({"enable_prompt_embeds": True}, "embeddings are made here"),
@@ -159,7 +163,7 @@ def test_greedy_is_the_default_and_the_length_is_what_the_slm_holds(tmp_path):
     assert given.create_engine_config().model_config.get_diff_sampling_param() == {"temperature": 0.7}
 
 
-# -------------------------------------------------------------------------------------------------------------- servers
+# ------------------------------------------------------------------------------------------------------------- servers
 class Server:
     """A server in processes of its own."""
 
@@ -243,7 +247,7 @@ BAD_CHATS = {
     "two messages": [*ONE_MESSAGE, *ONE_MESSAGE],
     "the assistant's": [{"role": "assistant", "content": TEXT}],
     "none": [],
-    "an image": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}],
+    "an image": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
 }
 
 

@@ -5,8 +5,10 @@ from vllm.platforms import current_platform
 
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..loading_llm2slm import max_positions
-from .vllm_plugin import PROMPT_FOLDER, TOKENIZER_MODE
 
+ARCHITECTURE = "LLM2SLMForConditionalGeneration"
+TOKENIZER_MODE = "llm2slm"  # vLLM's name for the pair of a tokenizer and a renderer
+PROMPT_FOLDER = "LLM2SLMPromptFolder"  # the name of what joins two servers (vllm_connector.py)
 PROMPT = "prompt"  # vLLM's name for the one kind of item that is encoded
 SPECULATION = ("ngram",)  # drafts from the text itself; other methods load a model that cannot read the encoded prompt
 
@@ -47,7 +49,7 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
         config = model_config.hf_config
         if config.slm_config.is_encoder_decoder:
             raise ValueError(
-                f"vLLM serves decoder-only SLMs, and this pair's is an encoder-decoder ({config.slm_config.model_type})."
+                f"vLLM serves decoder-only SLMs, and this pair's is an encoder-decoder: {config.slm_config.model_type}"
             )
         if model_config.runner_type != "generate":
             raise ValueError("An LLM-to-SLM pair writes: it has no embeddings and no scores for `--runner pooling`.")
@@ -81,8 +83,8 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
         speculation = vllm_config.speculative_config
         if speculation is not None and speculation.method not in SPECULATION:
             raise ValueError(
-                f"Speculation by {speculation.method!r} needs a model that reads the prompt's tokens, and here the SLM "
-                f"reads encoded states. Served is {', '.join(SPECULATION)}."
+                f"Speculation by {speculation.method!r} needs a model that reads the prompt's tokens, and here the "
+                f"SLM reads encoded states. Served is {', '.join(SPECULATION)}."
             )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError(

@@ -3,8 +3,8 @@
     vllm serve CHECKPOINT --port 8001 --ec-transfer-config '{"ec_connector": "LLM2SLMPromptFolder",
         "ec_role": "ec_producer", "ec_connector_extra_config": {"shared_storage_path": "FOLDER"}}'
 
-and the same with `"ec_role": "ec_consumer"` for a server that writes, without the LLM. vLLM's own connector of this kind
-is for debugging: it may read a file that is not yet whole, and a prompt that was never encoded ends its server.
+and the same with `"ec_role": "ec_consumer"` for a server that writes, without the LLM. vLLM's own connector of this
+kind is for debugging: it may read a file that is not yet whole, and a prompt that was never encoded ends its server.
 """
 
 import os

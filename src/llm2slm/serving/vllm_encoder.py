@@ -82,7 +82,6 @@ class PromptEncoder(nn.Module):
             raise ValueError(f"The checkpoint's weights are not this pair's: {sorted([*missing, *unexpected])[:3]}.")
         if self.pair.llm is None:
             self.pair.load_llm(dtype=self.dtype)
-            self.pair.llm.requires_grad_(False)
 
     @torch.inference_mode()
     def forward(self, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
-"""The pair as vLLM runs it: the SLM is vLLM's own model, and the prompt is the item that a multimodal model encodes."""
+"""The pair as vLLM runs it: the SLM is vLLM's own model, the prompt what a multimodal model encodes first."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,6 +101,11 @@ class LLM2SLMForVLLM(nn.Module, SupportsMultiModal, SupportsLoRA):
     encoder, one that only encodes has no SLM.
     """
 
+    slm: Any  # a VllmModel
+    encoder: PromptEncoder | None
+    _mark_language_model: Any  # inherited; without vLLM a type checker takes them for tensors
+    _mark_tower_model: Any
+
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
     @classmethod
@@ -122,7 +128,7 @@ class LLM2SLMForVLLM(nn.Module, SupportsMultiModal, SupportsLoRA):
         if transfer is not None and transfer.is_encode_only:
             # vLLM does not read files of the SLM alone where it has none, and the encoder may need its embeddings.
             self._language_model_names = []
-        self.encoder: PromptEncoder | None = None
+        self.encoder = None
         if not writes_only(vllm_config):
             with self._mark_tower_model(vllm_config, PROMPT):
                 self.encoder = PromptEncoder(

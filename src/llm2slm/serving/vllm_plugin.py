@@ -7,10 +7,6 @@ model is vLLM's own model of the SLM's kind (vllm_model.py). Texts become such i
 The registries of renderers, tokenizers and configurations are vLLM's internals: each of its releases needs the tests.
 """
 
-ARCHITECTURE = "LLM2SLMForConditionalGeneration"
-TOKENIZER_MODE = "llm2slm"  # vLLM's name for the pair of a tokenizer and a renderer
-PROMPT_FOLDER = "LLM2SLMPromptFolder"  # the name of what joins two servers (vllm_connector.py)
-
 
 def register() -> None:
     """Tells vLLM of the model, its configuration, its tokenizers and its renderer; a second call changes nothing."""
@@ -21,7 +17,7 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from .vllm_config import LLM2SLMServing, ServedConfig
+    from .vllm_config import ARCHITECTURE, PROMPT_FOLDER, TOKENIZER_MODE, LLM2SLMServing, ServedConfig
     from .vllm_rendering import refuse_unserved_parameters
 
     if ARCHITECTURE in ModelRegistry.get_supported_archs():

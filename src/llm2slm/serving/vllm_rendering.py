@@ -12,8 +12,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from .vllm_config import PROMPT, max_prompt_length, placeholder_id, writes_only
-from .vllm_plugin import ARCHITECTURE, PROMPT_FOLDER
+from .vllm_config import ARCHITECTURE, PROMPT, PROMPT_FOLDER, max_prompt_length, placeholder_id, writes_only
 
 # How the text of a chat is tokenized: a key of the prompt, until it is.
 CHAT = "llm2slm_chat"
@@ -21,8 +20,8 @@ ONE_TEXT, TEMPLATE = "one text", "template"
 # A pair that was trained on texts in a format reads one text: the chat of one user message is that text.
 ONE_TEXT_TEMPLATE = (
     "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
-    "{{ raise_exception('This model was trained on single texts, not on chats: send one message, of the user. Or start "
-    "the server with --chat-template.') }}"
+    "{{ raise_exception('This model was trained on single texts, not on chats: send one message, of the user. Or "
+    "start the server with --chat-template.') }}"
     "{% endif %}{{ messages[0]['content'] }}"
 )
 
@@ -103,7 +102,7 @@ class LLM2SLMRenderer(HfRenderer):
     async def _detokenize_prompt_async(self, prompt):
         return self._detokenize_prompt(prompt)
 
-    # -------------------------------------------------------------------------------------------------- ids to the item
+    # ------------------------------------------------------------------------------------------------- ids to the item
     def _process_tokens(self, prompt, **kwargs):
         return self._encoded(super()._process_tokens(self._as_item(prompt), **kwargs))
 
