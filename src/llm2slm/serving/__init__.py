@@ -1,0 +1,1 @@
+"""Serving a checkpoint to others."""
