@@ -3,7 +3,7 @@
 ```bash
 llm2slm serve user/checkpoint
 llm2slm serve ./checkpoint --llm ./llm --port 9000 --max-batch-size 32
-curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "And God said, Let there be light."}'
+curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "Let there be light."}'
 ```
 
 docs/serving.md says what it answers, and what it refuses.

@@ -191,7 +191,9 @@ class Batcher:
         slm = model.config.slm_config
         # What a decoder-only SLM's prompt and response share.
         self.positions = None if slm.is_encoder_decoder else max_positions(slm.get_text_config())
+        # What the model's generation config leaves open, `generate` takes from the SLM's.
         ends = model.generation_config.eos_token_id
+        ends = model.slm.generation_config.eos_token_id if ends is None else ends
         self.end_tokens: list[int] = [] if ends is None else ends if isinstance(ends, list) else [ends]
         self.fast_rows: list[int] = []  # that are compiled
         self._queue: deque[Waiting] = deque()
@@ -256,7 +258,7 @@ class Batcher:
                 while len(self._queue) < self._last_size and not self._closing:
                     if not self._changed.wait(until - time.monotonic()):
                         break
-                others = []
+                others: list[Waiting] = []
                 while self._queue and len(batch) < self.max_batch_size:
                     waiting = self._queue.popleft()
                     if not waiting.ended:
@@ -266,7 +268,7 @@ class Batcher:
         return batch
 
     def _goes_with(self, batch: list[Waiting], waiting: Waiting) -> bool:
-        """Whether a prompt is asked the same of, and the longest prompt and the longest response still fit together."""
+        """Whether it is of the batch's kind, and the longest prompt and the longest response still fit together."""
         if batch and type(waiting) is not type(batch[0]):
             return False
         together = [one for one in (*batch, waiting) if isinstance(one, Response)]
@@ -336,9 +338,13 @@ class Batcher:
             num_beams=1,
             max_new_tokens=max(response.max_tokens for response in responses),
             stopping_criteria=StoppingCriteriaList([_Listener(responses, self.end_tokens)]),
+            eos_token_id=self.end_tokens or None,
             fast=rows is not None,
             **options,
         )
+        for response in responses:  # whatever else the checkpoint's generation config stops at
+            if not response.ended:
+                response.end("length")
 
     def _compile(self) -> None:
         """Makes the compiled steps. The first length is compiled for itself, the second for all longer ones."""

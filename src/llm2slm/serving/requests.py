@@ -42,7 +42,7 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# ----------------------------------------------------------------------------------------------------------- arguments
 def _as_prompts(value: Any) -> Any:
     """One text, several, one list of token ids, or several: as a list of prompts."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):

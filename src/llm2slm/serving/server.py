@@ -139,12 +139,12 @@ class Server:
             try:
                 self._check_key(request)
                 response = await handler(request)
-            except RequestError as error:
-                response = JSONResponse(error.body, error.status, error.headers)
+            except RequestError as refused:
+                response = JSONResponse(refused.body, refused.status, refused.headers)
             except Exception:
                 logger.exception("%s failed.", request.url.path)
-                error = RequestError(500, "The server could not answer this request.")
-                response = JSONResponse(error.body, error.status)
+                failed = RequestError(500, "The server could not answer this request.")
+                response = JSONResponse(failed.body, failed.status)
             path = request.scope["route"].path
             self.service.metrics.requests.labels(path, response.status_code).inc()
             if not isinstance(response, StreamingResponse):
@@ -160,7 +160,7 @@ class Server:
         if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
             raise RequestError(401, "The API key is missing or wrong.", code="invalid_api_key")
 
-    # --------------------------------------------------------------------------------------------------------- requests
+    # -------------------------------------------------------------------------------------------------------- requests
     async def _read(self, request: Request, kind: type) -> Any:
         """What is asked for."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -181,7 +181,7 @@ class Server:
             raise RequestError(408, "The request came too slowly.", code="timeout") from None
         except ClientDisconnect:
             raise ClientLeft from None
-        asked = parse(kind, bytes(body))
+        asked: Any = parse(kind, bytes(body))
         self._check_model(asked.model)
         return asked
 
@@ -196,7 +196,7 @@ class Server:
         self.service.metrics.clients_left.inc()
         job.stop(ClientLeft())
 
-    # ---------------------------------------------------------------------------------------------------------- answers
+    # --------------------------------------------------------------------------------------------------------- answers
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         asked = await self._read(request, CompletionRequest)
@@ -297,7 +297,7 @@ class Server:
 
         return Response(await run_sync(content), media_type="application/json")
 
-    # -------------------------------------------------------------------------------------------------- about the server
+    # ------------------------------------------------------------------------------------------------ about the server
     def _card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm2slm"}
 

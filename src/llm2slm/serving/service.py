@@ -166,12 +166,10 @@ class Service:
             self.default_sampling = Sampling(
                 **({"temperature": 1.0} | {name: value for name, value in said.items() if value is not None})
             )
-        self.metrics = Metrics(
-            lambda: self.batcher.num_waiting, lambda: max(self.batcher.fast_rows, default=0)
-        )
+        self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: max(self.batcher.fast_rows, default=0))
         self.batcher = Batcher(model, self.limits.batch_size, self.limits.queue, fast, self.metrics.note_batch)
 
-    # ---------------------------------------------------------------------------------------------------------- prompts
+    # --------------------------------------------------------------------------------------------------------- prompts
     def tokenize(self, prompts: list[str | list[int]]) -> list[list[int]]:
         """
         The ids of prompts: texts are put into the checkpoint's prompt format, ids are taken as they are.
@@ -288,7 +286,7 @@ class Service:
         if too_long := find_too_long(config, [(len(prompt), tokens)]):
             raise RequestError(
                 400,
-                f"A prompt of {len(prompt)} tokens and a response of {tokens} need {too_long[0].needed} positions, but "
+                f"A prompt of {len(prompt)} tokens and a response of {tokens} need {too_long[0].needed} positions; "
                 f"{too_long[0].part} has {too_long[0].limit}.",
                 param,
                 "context_length_exceeded",
