@@ -185,7 +185,7 @@ import llm2slm.language_models, llm2slm.building
     assert result.returncode == 0, result.stderr
 
 
-OPTIONAL = ["datasets", "gguf", "matplotlib", "peft", "rouge_score", "sacrebleu", "trl"]
+OPTIONAL = ["datasets", "gguf", "matplotlib", "peft", "rouge_score", "sacrebleu", "starlette", "trl", "uvicorn"]
 TRAIN = "pip install 'llm-to-slm[train]'"
 
 
@@ -219,6 +219,7 @@ def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path
         (["benchmark", *models, "--quality-plot", "none.png"], TRAIN),
         (["benchmark", *models, "--systems", "ctranslate2"], "pip install ctranslate2"),
         (["benchmark", *models, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
+        (["serve", "./none"], "pip install 'llm-to-slm[serve]'"),
     ]
     code = f"""
 from llm2slm.cli.main import main

@@ -31,6 +31,7 @@ from .options import add_options, read_recipe, with_dashes
 COMMANDS = {
     "train": "train LLM-to-SLM, the SLM alone or the LLM on prompt/completion pairs",
     "generate": "write responses to prompts",
+    "serve": "answer requests on this machine, as OpenAI's API does",
     "evaluate": "score a model's responses, or compare such reports",
     "label": "let an LLM write the responses of a data set",
     "estimate": "predict what a pair of models would gain on this machine, without weights",

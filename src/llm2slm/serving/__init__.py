@@ -1,1 +1,1 @@
-"""Serving: other programs' servers, made to serve LLM-to-SLM checkpoints."""
+"""Serving a checkpoint to others: a server of its own, and a plugin for vLLM."""
