@@ -29,7 +29,7 @@ from .response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 
-GATHER_SECONDS = 0.02  # at most, until as many prompts wait as the last batch had
+GATHER_SECONDS = 0.02  # for one more prompt, until as many wait as the last batch had
 # Responses at a time that have a compiled step: where it pays on every kind of CPU (results/fast_decode.json). Each
 # takes some 20 seconds to compile, so 3 responses are decoded as 4.
 FAST_ROWS = (1, 2, 4)
@@ -254,10 +254,9 @@ class Batcher:
             while not batch and (self._queue or not self._closing):
                 while not self._queue and not self._closing:
                     self._changed.wait()
-                until = time.monotonic() + GATHER_SECONDS
-                while len(self._queue) < self._last_size and not self._closing:
-                    if not self._changed.wait(until - time.monotonic()):
-                        break
+                more = True
+                while more and len(self._queue) < self._last_size and not self._closing:
+                    more = self._changed.wait(GATHER_SECONDS)
                 others: list[Waiting] = []
                 while self._queue and len(batch) < self.max_batch_size:
                     waiting = self._queue.popleft()
