@@ -85,7 +85,11 @@ def main():
     command += ["--port", "0", *(["--no-fast"] if arguments.no_fast else [])]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        address = next(found for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
+        address, said = None, ""
+        while address is None and (line := process.stderr.readline()):
+            address, said = re.search(r"http://127\.0\.0\.1:(\d+)", line), said + line
+        if address is None:
+            raise RuntimeError(f"The server did not start:\n{said}")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # else the pipe fills
         client = Client(int(address[1]))
         until = time.monotonic() + (0 if arguments.no_fast else 600)

@@ -81,4 +81,13 @@ def run(options: Options, checkpoint: str) -> None:
     )
     name = options.name or (Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint)
     api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
-    run(Server(Service(model, tokenizer, limits, options.fast), name, api_key, options.origins), listening)
+    service, code = Service(model, tokenizer, limits, options.fast), 0
+    try:
+        run(Server(service, name, api_key, options.origins), listening)
+    except KeyboardInterrupt:
+        if not service.batcher.compiling:
+            raise
+        code = 130
+    if service.batcher.compiling:  # all is answered; torch would abort what ends in the midst of it
+        sys.stderr.flush()
+        os._exit(code)

@@ -213,6 +213,11 @@ class Batcher:
         return self._thread.is_alive() and not self._closing
 
     @property
+    def compiling(self) -> bool:
+        """Whether a step is being compiled: a process that ends by itself meanwhile is aborted by torch."""
+        return self._compiling is not None and self._compiling.is_alive()
+
+    @property
     def num_waiting(self) -> int:
         """Prompts that wait."""
         return len(self._queue)
