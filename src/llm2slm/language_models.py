@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import auto  # noqa: F401  (LLM-to-SLM is one of the models that the Auto classes load)
@@ -358,6 +358,11 @@ def _decoder_only_logits(model, batch):
     if "logits_to_keep" in arguments:  # no head for the prompt's positions
         optional["logits_to_keep"] = labels.shape[1]
     return model(input_ids=ids, attention_mask=mask, use_cache=False, **optional).logits[:, -labels.shape[1] :]
+
+
+def says_no_length(config: GenerationConfig) -> bool:
+    """Whether a generation configuration leaves the length of responses to Transformers' default."""
+    return config.max_new_tokens is None and config.max_length in (None, GenerationConfig().max_length)
 
 
 def set_generation(model, tokenizer, max_new_tokens: int, num_beams: int) -> None:

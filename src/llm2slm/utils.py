@@ -19,6 +19,10 @@ PACKAGES = ("llm-to-slm", "transformers", "torch", "datasets", "accelerate", "pe
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
+
+
 def decode_text(content: bytes, source: str | os.PathLike) -> str:
     r"""
     A user's text as a string whose lines end in `\n`: UTF-8, with a byte order mark or without, and with the line ends

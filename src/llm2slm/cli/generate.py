@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..utils import check_new_file, check_settings, decode_text, read_json_lines, read_text, write_json
+from ..utils import MAX_NEW_TOKENS, check_new_file, check_settings, decode_text, read_json_lines, read_text, write_json
 from .options import DEVICE_HELP, DTYPES, option
 
-MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length
 NO_RESPONSE = {"response": "", "finish_reason": None}  # to an empty prompt
 OTHER_FORMATS = (".json", ".parquet", ".tsv", ".xlsx", ".arrow")  # their lines would be taken for prompts
 
@@ -95,17 +94,16 @@ def run(options: Options) -> None:
         check_settings(f"{options.output}.part.json", settings, f"{options.output}.part")
 
     from tqdm.auto import tqdm
-    from transformers import GenerationConfig, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
-    from ..language_models import load_checkpoint
+    from ..language_models import load_checkpoint, says_no_length
 
     model, tokenizer = load_checkpoint(options.model, options.revision, options.llm, options.dtype, options.device)
     names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
     generate_kwargs: dict[str, Any] = {
         name: getattr(options, name) for name in names if getattr(options, name) is not None
     }
-    own, default = model.generation_config, GenerationConfig()
-    if own.max_new_tokens is None and own.max_length == default.max_length:
+    if says_no_length(model.generation_config):
         generate_kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     if options.stream or options.do_sample:
         generate_kwargs.setdefault("num_beams", 1)

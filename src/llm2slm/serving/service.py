@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig
-
-from ..language_models import find_too_long
+from ..language_models import find_too_long, says_no_length
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
+from ..utils import MAX_NEW_TOKENS
 from .batching import Batcher, Encoding, QueueFull, Response, Sampling, Waiting
 from .metrics import Metrics
 from .requests import ChatRequest, GenerationRequest, Message, RequestError
@@ -21,7 +20,6 @@ from .response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 128  # of a checkpoint whose generation config says no length, as `llm2slm generate` takes it
 RETRY_SECONDS = 1
 
 
@@ -158,8 +156,7 @@ class Service:
         held = (self.limits.prompt_tokens, max_positions(llm), self.slm_positions)
         self.prompt_tokens = min(limit for limit in held if limit is not None)
         own = model.generation_config
-        says_nothing = own.max_new_tokens is None and own.max_length in (None, GenerationConfig().max_length)
-        self.default_tokens = MAX_NEW_TOKENS if says_nothing else own.max_new_tokens or own.max_length
+        self.default_tokens = MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length
         self.default_sampling = Sampling()
         if own.do_sample:
             said = {name: getattr(own, name) for name in ("temperature", "top_p", "top_k")}
