@@ -24,7 +24,7 @@ from conftest import (
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, LosslessOutput, drafting_llm2slm
-from llm2slm.drafting_llm2slm import _FewRows
+from llm2slm.few_rows_llm2slm import EagerFewRows
 
 PROMPT = build_prompts((9,))[0][None]
 WRITING_LLMS = ["t5", "t5gemma", "bart", "llama", "gemma3", "gpt2"]
@@ -471,7 +471,7 @@ def test_a_few_rows_at_once_are_what_linear_gives(rows, with_bias):
     inputs = torch.randn(1, rows, 48)
     with torch.no_grad():
         expected = layer(inputs)
-        with _FewRows():
+        with EagerFewRows():
             output = layer(inputs)
             lower = layer.to(torch.bfloat16)(inputs.to(torch.bfloat16))
     assert output.is_contiguous() and lower.dtype == torch.bfloat16

@@ -88,6 +88,15 @@ def inspect(hub, home) -> dict:
     return json.loads(result.stdout)
 
 
+def test_alternatives_of_the_llm_that_only_this_machine_has_are_not_pushed(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    names = ["user/llm", str(folder), "package:llm"]
+    config["llm_alternatives"] = [{"llm_name_or_path": name} for name in names]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pushed = json.loads(point_to_hub(tmp_path / "config.json", "tester/llm", None))
+    assert [place["llm_name_or_path"] for place in pushed["llm_alternatives"]] == ["user/llm", "package:llm"]
+
+
 def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         assert run(hub, tmp_path / "home", "-c", PUSH_LLM, folder.parent / "llm").returncode == 0

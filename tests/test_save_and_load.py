@@ -174,6 +174,30 @@ def test_the_llm_may_be_elsewhere_on_this_machine(checkpoint, llm_folder, slim, 
     assert loaded.config.llm_name_or_path == str(llm_folder)  # what is saved again is not about this machine
 
 
+def test_alternatives_of_the_llm_are_tried_in_order_until_one_is_the_right_llm(checkpoint, llm_folder, slim, tmp_path):
+    llm_folder.rename(tmp_path / "moved")
+    build_llm("llama", seed=9).save_pretrained(tmp_path / "other")
+    places = [{"llm_name_or_path": str(tmp_path / name)} for name in ("missing", "other", "moved")]
+    config = LLM2SLMConfig.from_pretrained(checkpoint)
+    for chosen in (places[:2], places):
+        config.llm_alternatives = chosen
+        config.save_pretrained(checkpoint)
+        if len(chosen) < 3:
+            with pytest.raises(OSError, match=r"(?s)none of its 3 places:.*missing.*other.*differs from the finger"):
+                load(checkpoint)
+    loaded = load(checkpoint)
+    assert logits(loaded).equal(logits(slim))
+    assert loaded.config.llm_alternatives == places  # and saved again as they were
+    with pytest.raises(OSError, match="could not be loaded from .*missing"):  # a place that is said is the only one
+        load(checkpoint, llm_name_or_path=tmp_path / "missing")
+
+
+@pytest.mark.parametrize("place", ["user/llm", {"llm_revision": "main"}, {"llm_name_or_path": "llm", "revision": "a"}])
+def test_an_alternative_that_names_no_place_is_refused(place):
+    with pytest.raises(ValueError, match="`llm_alternatives` must be dictionaries with `llm_name_or_path`"):
+        LLM2SLMConfig(llm_alternatives=[place])
+
+
 def test_an_llm_of_the_same_shape_with_other_weights_is_refused(checkpoint, tmp_path):
     build_llm("llama", seed=9).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"LLM at '.*other' is not the one.*parameter '.*' differs.*llm_name_or_path"):

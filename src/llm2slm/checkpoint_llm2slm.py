@@ -116,7 +116,8 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
         Args:
             llm_name_or_path (`str` or `os.PathLike`, *optional*):
-                Name, folder or `.gguf` file. Defaults to `config.llm_name_or_path` at `config.llm_revision`.
+                Name, folder or `.gguf` file, the only place that is tried. Defaults to `config.llm_name_or_path` at
+                `config.llm_revision` and, if the LLM cannot be loaded from there, `config.llm_alternatives` in order.
             check (`bool`, *optional*, defaults to `True`):
                 Whether the LLM's weights must match `config.llm_fingerprint`. Switch it off only for other versions
                 of the same weights, such as a quantized one.
@@ -124,22 +125,47 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 Arguments of the LLM's `from_pretrained`.
 
         Raises:
-            OSError: if there is no LLM at that place.
+            OSError: if there is no LLM at that place, or the right one at none of several.
             ImportError: if it is a GGUF file, and the package that reads these is missing.
             ValueError: if it is another LLM than the one the model was trained with.
         """
-        source = llm_name_or_path if llm_name_or_path is not None else self.config.llm_name_or_path
-        if source is None:
+        places = self.config.llm_places
+        if llm_name_or_path is not None:
+            install = self.config.llm_install if llm_name_or_path == self.config.llm_name_or_path else None
+            places = [{"llm_name_or_path": llm_name_or_path, "llm_install": install}]
+        if not places:
             raise ValueError("The configuration names no LLM: pass `llm_name_or_path`.")
+        errors: list[Exception] = []
+        for place in places:
+            try:
+                llm = self._load_llm_from(place, check, llm_kwargs)
+                break
+            except (OSError, ImportError, ValueError) as error:
+                errors.append(error)
+        else:
+            if len(errors) == 1:
+                raise errors[0]
+            tried = "\n".join(f"- {error}" for error in errors)
+            raise OSError(
+                f"This checkpoint's frozen LLM could be loaded from none of its {len(errors)} places:\n{tried}"
+            ) from errors[0]
+        self.llm = llm
+        if "device_map" not in llm_kwargs and self.llm.device != (device := compute_device(self.projector)):
+            self.llm.to(device)
+        self._skip_llm_when_saving()
+        return self
+
+    def _load_llm_from(self, place, check, llm_kwargs) -> PreTrainedModel:
+        """What reads the prompt, of the LLM at one of its places."""
+        source, install = place["llm_name_or_path"], place["llm_install"]
         llm_kwargs = dict(llm_kwargs)
-        if llm_name_or_path is None:
-            llm_kwargs.setdefault("revision", self.config.llm_revision)
-            llm_kwargs.setdefault("gguf_file", self.config.llm_gguf_file)
+        for name in ("revision", "gguf_file"):
+            if f"llm_{name}" in place:
+                llm_kwargs.setdefault(name, place[f"llm_{name}"])
         attention = getattr(self.config.llm_config, "_attn_implementation", None)
         if attention is not None:
             llm_kwargs.setdefault("attn_implementation", attention)
         llm_kwargs.setdefault("dtype", self.dtype)
-        install = self.config.llm_install if source == self.config.llm_name_or_path else None
         try:
             name, gguf_file = split_gguf(source, llm_kwargs.pop("gguf_file", None), install)
             check_gguf(gguf_file, install)
@@ -152,13 +178,10 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 "Or say where it is on this machine with `from_pretrained(..., llm_name_or_path=...)`."
             ) from error
         check_same_architecture(llm_config, self.config.llm_config, source)
-        self._set_llm(llm)
+        reader = self._reader(llm)
         if check and self.config.llm_fingerprint:
-            check_fingerprint(self.llm, self.config.llm_fingerprint, source)
-        if "device_map" not in llm_kwargs and self.llm.device != (device := compute_device(self.projector)):
-            self.llm.to(device)
-        self._skip_llm_when_saving()
-        return self
+            check_fingerprint(reader, self.config.llm_fingerprint, source)
+        return reader
 
     def save_pretrained(self, save_directory, *args, include_llm: bool | None = None, **kwargs):
         r"""

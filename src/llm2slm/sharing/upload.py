@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..utils import read_json
-from .card import hub_name
+from .card import hub_name, is_hub_name
 
 CARD, CONFIG, ADAPTER_CONFIG, LLM_TOKENIZER = "README.md", "config.json", "adapter_config.json", "llm_tokenizer"
 # What a checkpoint is made of, by the ends of its files' names; a training's other files are its own affair.
@@ -116,4 +116,9 @@ def point_to_hub(path: Path, llm_name: str | None, llm_revision: str | None) -> 
             config[field] = hub_name(llm_name or config[field], "--llm-name")
         if llm_name is not None and field == "llm_name_or_path":
             config["llm_revision"] = llm_revision
+    if alternatives := config.get("llm_alternatives"):
+        names = [place["llm_name_or_path"] for place in alternatives]
+        config["llm_alternatives"] = [
+            place for name, place in zip(names, alternatives, strict=True) if is_package(name) or is_hub_name(name)
+        ]
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
