@@ -15,6 +15,7 @@ from hub_server import HubServer
 
 from llm2slm import LLM2SLMTokenizer
 from llm2slm.cli import main as cli
+from llm2slm.sharing.upload import point_to_hub
 
 CARD = "---\nlicense: mit\n---\n# A pair\n"
 LEFT_OUT = (

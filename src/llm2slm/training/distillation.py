@@ -1,7 +1,6 @@
-"""Learning from a teacher's distributions besides the responses: batches, the loss, the trainer.
+"""Learning from a teacher's distributions besides the responses: batches, and the divergence from the teacher.
 
-For each token of a response the loss is `(1 - weight) * cross-entropy + weight * divergence`, and cross-entropy alone
-for a token without a distribution. The divergence is KL(teacher || student) over the outcomes that are kept of the
+The divergence is KL(teacher || student) over the outcomes that are kept of the
 teacher: its likeliest tokens, and one more that is all others together. A temperature T divides the log-probabilities
 of these outcomes, the teacher's and the student's alike; both are normalised again over them, and the divergence is
 multiplied by T squared (Hinton et al., https://arxiv.org/abs/1503.02531, section 2, where it divides all logits: the
@@ -15,7 +14,6 @@ import torch
 
 from ..data.teacher_distributions import NOTHING, in_students_tokens, read_distributions
 from .teacher import PLACE, POSITIONS, Teaching
-from .trainer import SimilarLengthTrainer
 
 IDS, LOG_PROBS, TAUGHT = "teacher_ids", "teacher_log_probs", "teacher_taught"  # of a batch
 # The least log of what the student expects of none of the kept tokens: below, float32 has no digits left of it.
@@ -74,39 +72,3 @@ def divergence(
     outcomes = torch.cat([found, torch.log(-torch.expm1(together))], dim=1)  # (tokens, top_k + 1)
     outcomes, log_probs = ((values / temperature).log_softmax(dim=1) for values in (outcomes, log_probs))
     return temperature**2 * (log_probs.exp() * (log_probs - outcomes)).sum(dim=1)
-
-
-class DistillingTrainer(SimilarLengthTrainer):
-    """
-    The trainer of a student: its training loss is the mix, its evaluation loss cross-entropy, as without a teacher.
-
-    Args:
-        weight (`float`): Of the divergence, from 0 to 1.
-        temperature (`float`): Of both distributions.
-        shift (`bool`): Whether logits predict the next label, as those of a decoder-only model do.
-        args, kwargs: Those of `Seq2SeqTrainer`.
-    """
-
-    def __init__(self, *args, weight: float, temperature: float, shift: bool, **kwargs):
-        self.weight, self.temperature, self.shift = weight, temperature, shift
-        self.expected: dict[str, torch.Tensor] = {}
-        super().__init__(*args, compute_loss_func=self._mix, **kwargs)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Keeps what the teacher expects for the loss; the model would not know it."""
-        self.expected = {name: inputs.pop(name) for name in (IDS, LOG_PROBS, TAUGHT) if name in inputs}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _mix(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
-        logits, labels = outputs["logits"], labels.to(outputs["logits"].device)
-        if self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        responses = labels != -100
-        logits, labels = logits[responses].float(), labels[responses]  # (tokens, vocab_size), (tokens,)
-        log_total = logits.logsumexp(dim=1)
-        loss = log_total - logits.gather(1, labels[:, None])[:, 0]
-        if self.expected:
-            ids, log_probs, taught = (self.expected[name].to(logits.device) for name in (IDS, LOG_PROBS, TAUGHT))
-            taught_loss = divergence(logits, log_total, ids, log_probs, self.temperature)
-            loss = torch.where(taught, (1 - self.weight) * loss + self.weight * taught_loss, loss)
-        return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch

@@ -48,6 +48,14 @@ class TrainOptions:
     skip_empty: bool = _option(False, "leave out pairs with an empty side instead of stopping at the first")
     max_train_pairs: int | None = _option(None, "learn from this many pairs, evenly spaced")
     max_validation_pairs: int | None = _option(None, "evaluate on this many pairs, evenly spaced")
+    more_data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "further data sets to learn from, one or more, such as what `llm2slm label` wrote: their pairs of"
+            " --train-split, in the same formats"
+        },
+    )
+    more_data_weight: float = _option(1.0, "what a token of --more-data counts in the loss; one of --data counts 1")
 
     llm: str = _option("", "the LLM: name on the Hub, folder, .gguf file or package:NAME")
     llm_dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "number format the LLM is loaded in")
@@ -134,6 +142,10 @@ class TrainOptions:
         if self.arm == "llm2slm" or (self.arm == "slm" and self.start == "states"):
             self._check_start()
         self._check_teacher()
+        if not 0 < self.more_data_weight < math.inf:
+            raise ValueError(f"`more_data_weight` must be positive, got {self.more_data_weight}.")
+        if not self.more_data and "more_data_weight" in self.recipe:
+            raise ValueError("`more_data_weight` is about further data sets: say which, `more_data`.")
         for name in (
             "prompt_max_length",
             "response_max_length",

@@ -16,7 +16,7 @@ from ..data.pairs import describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
 from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_json
 from . import record, setup
-from .distillation import DistillingTrainer, TaughtCollator
+from .distillation import TaughtCollator
 from .options import TrainOptions
 from .run_folder import (
     ELSEWHERE,
@@ -29,7 +29,9 @@ from .run_folder import (
     remove_incomplete_checkpoints,
     write_folder,
 )
+from .sources import WeighingCollator, check_sources, scale_weights
 from .teacher import Teaching, check_teacher, describe_counts, teach, teachers_format
+from .token_loss import TokenLossTrainer
 from .trainer import FreedMemory, SecondsInLog, SimilarLengthTrainer, TrainerOptions, parameter_groups
 
 
@@ -80,7 +82,8 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
             return
         if options.teacher:
             check_teacher(options)
-        pairs, parts = setup.load_splits(options), setup.find_parts(options)
+        check_sources(options)
+        (pairs, more_pairs), parts = setup.load_splits(options), setup.find_parts(options)
         if parts is not None:
             _say(training, describe_parts(options.data, parts))
         if options.arm != "llm" and not (folder / START).exists():
@@ -100,11 +103,17 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
             examples["train"], teaching = teach(options, examples["train"], tokenizer, training.device, folder)
             if cut := describe_counts(teaching.counts):
                 _say(training, cut)
+        if options.more_data:
+            examples["train"] = scale_weights(examples["train"])
         remove_incomplete_checkpoints(folder, training.world_size)
     parameters = record.count_parameters(options.arm, model)
     collator, trainer_class, more = setup.make_collator(options, model, tokenizer), SimilarLengthTrainer, {}
     if teaching is not None:
-        collator, trainer_class = TaughtCollator(collator, teaching), DistillingTrainer
+        collator = TaughtCollator(collator, teaching)
+    if options.more_data:
+        collator = WeighingCollator(collator)
+    if teaching is not None or options.more_data:
+        trainer_class = TokenLossTrainer
         more = {
             "weight": options.teacher_weight,
             "temperature": options.teacher_temperature,
@@ -137,7 +146,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         metrics = _load_trained(trainer, checkpoint)
     else:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    finish(options, training, recipe, folder, trainer, examples, parts, teaching, parameters, metrics)
+    finish(options, training, recipe, folder, trainer, examples, parts, more_pairs, teaching, parameters, metrics)
 
 
 def _steps_left(checkpoint: Path) -> int:
@@ -153,7 +162,9 @@ def _load_trained(trainer: Seq2SeqTrainer, checkpoint: Path) -> dict[str, float]
     return {"epoch": trainer.state.epoch, "total_flos": trainer.state.total_flos}
 
 
-def finish(options, training, recipe, folder: Path, trainer, examples, parts, teaching, parameters, metrics) -> None:
+def finish(
+    options, training, recipe, folder: Path, trainer, examples, parts, more_pairs, teaching, parameters, metrics
+) -> None:
     """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
@@ -187,6 +198,7 @@ def finish(options, training, recipe, folder: Path, trainer, examples, parts, te
             "fingerprint": hash_texts(examples["train"]),
             "train_pairs": len(examples["train"]),
             "validation_pairs": len(examples["validation"]) if "validation" in examples else 0,
+            "more": {recorded_source(name): number for name, number in more_pairs.items()},
             "parts": parts,  # of a file that was split by a hash of its prompts
             "prompt_format": options.prompt_format,
             "completion_format": options.completion_format,

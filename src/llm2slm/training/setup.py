@@ -34,6 +34,7 @@ from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_ggu
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .options import TrainOptions
+from .sources import add_sources
 from .teacher import add_teachers_prompts
 from .trainer import LENGTH
 
@@ -43,8 +44,8 @@ PAD_TO_MULTIPLE_OF = 8  # fewer different sizes: freed memory fits the next batc
 
 
 # --------------------------------------------------------------------------------------------------- pairs to examples
-def load_splits(options: TrainOptions) -> dict[str, Dataset]:
-    """The pairs of `train` and, unless there is no evaluation, `validation`."""
+def load_splits(options: TrainOptions) -> tuple[dict[str, Dataset], dict[str, int]]:
+    """The pairs of `train` and, unless there is no evaluation, `validation`; and how many each of `more_data` gives."""
     named = {"train": options.train_split, "validation": options.validation_split}
     limits = {"train": options.max_train_pairs, "validation": options.max_validation_pairs}
     splits = {
@@ -52,9 +53,14 @@ def load_splits(options: TrainOptions) -> dict[str, Dataset]:
         for name, split in named.items()
         if split != "none"
     }
-    if options.teacher:
-        splits["train"] = add_teachers_prompts(options, splits["train"])
-    return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}
+
+    def with_teachers(pairs: Dataset, source: str, max_pairs: int | None = None) -> Dataset:
+        return add_teachers_prompts(options, pairs, source, max_pairs) if options.teacher else pairs
+
+    splits["train"], more = with_teachers(splits["train"], options.data, options.max_train_pairs), {}
+    if options.more_data:
+        splits["train"], more = add_sources(options, splits["train"], splits.get("validation"), with_teachers)
+    return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 
 def find_parts(options: TrainOptions) -> dict[str, int] | None:

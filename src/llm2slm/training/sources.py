@@ -1,0 +1,121 @@
+"""Further data sets beside the one that is evaluated on, such as prompts that an LLM has labelled.
+
+Choices made here:
+- No pair of theirs is evaluated on, and none has a prompt that is: those of the first data set's validation and test
+  split are left out.
+- A weight is what each of their tokens counts in the loss beside one of the first data set. Weights are divided by
+  their mean over the tokens of all sources, so that the learning rate means the same with them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from ..data.pairs import load_pairs
+from .options import TrainOptions
+
+WEIGHT = "token_weight"  # the column: what each token of a pair's response counts
+WEIGHTS = "token_weights"  # of a batch
+TEST = "test"
+
+
+def check_sources(options: TrainOptions) -> None:
+    """
+    Refuses data that a pair has labelled: it would learn the faults of a small model.
+
+    Raises:
+        ValueError: if there is such data, by its `label.json`.
+    """
+    for source in [options.data, *options.more_data]:
+        record = Path(source) / "label.json"
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("labelled_by_a_pair"):
+            raise ValueError(
+                f"The responses in {source!r} were written by an LLM-to-SLM pair: a student would learn its faults. "
+                "Label the prompts with an LLM, `llm2slm label --llm LLM`."
+            )
+
+
+def add_sources(
+    options: TrainOptions, pairs: Dataset, validation: Dataset | None, add: Callable[[Dataset, str], Dataset]
+) -> tuple[Dataset, dict[str, int]]:
+    r"""
+    The pairs of `train` and, behind them, those of `options.more_data`, with the column `token_weight`.
+
+    Args:
+        options ([`TrainOptions`]): `data`, `more_data` and what goes with them.
+        pairs (`datasets.Dataset`): The pairs of `data` that are learned from.
+        validation (`datasets.Dataset`, *optional*): Those that are evaluated on.
+        add (`Callable`): Adds what else is known of each pair, given the pairs of one source and its name.
+
+    Returns:
+        The pairs of all sources, and how many each of `more_data` has.
+
+    Raises:
+        OSError: if there is no such data set.
+        ValueError: if one has chats where another has texts, or no pair that is not evaluated on.
+    """
+    held_out = _prompts(validation) if validation is not None else set()
+    try:
+        held_out |= _prompts(load_pairs(options.data, TEST, options.prompt_format, options.completion_format))
+    except (OSError, ValueError):  # it has no test split
+        pass
+    sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
+    for name in options.more_data:
+        rows = load_pairs(name, options.train_split, options.prompt_format, options.completion_format)
+        if rows.features["prompt"] != pairs.features["prompt"]:
+            raise ValueError(f"{name!r} and {options.data!r} must both have texts, or both chats.")
+        rows = add(rows, name)
+        kept = [number for number, prompt in enumerate(rows["prompt"]) if _key(prompt) not in held_out]
+        if not kept:
+            raise ValueError(f"Every prompt of {name!r} is one that {options.data!r} is evaluated on.")
+        if len(kept) < len(rows):
+            print(f"{name}: {len(rows) - len(kept):,} of {len(rows):,} prompts are evaluated on, and are left out.")
+        sources.append(rows.select(kept).add_column(WEIGHT, [options.more_data_weight] * len(kept)))
+        counts[name] = len(kept)
+    return concatenate_datasets(sources), counts
+
+
+def _prompts(pairs: Dataset) -> set[str]:
+    return {_key(prompt) for prompt in pairs["prompt"]}
+
+
+def _key(prompt: Any) -> str:
+    return " ".join((prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)).split())
+
+
+def scale_weights(examples: Dataset) -> Dataset:
+    """The examples with weights whose mean over the tokens of the responses is 1."""
+    weights = torch.tensor(examples[WEIGHT][:], dtype=torch.float64)
+    tokens = torch.tensor([_count(labels) for labels in examples["labels"]], dtype=torch.float64)
+    scaled = weights * tokens.sum() / (weights * tokens).sum()
+    return examples.remove_columns(WEIGHT).add_column(WEIGHT, scaled.tolist())
+
+
+def _count(labels: list[int]) -> int:
+    return sum(label != -100 for label in labels)
+
+
+class WeighingCollator:
+    r"""
+    Makes batches as another collator does, and adds `token_weights` of shape `(tokens,)`: one for each label that is
+    not -100, in the order of the labels.
+
+    Args:
+        collate (`Callable`): The other collator.
+    """
+
+    def __init__(self, collate: Callable[[list[dict]], dict[str, torch.Tensor]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The examples as one batch of tensors; without weights if they have none, as those that are evaluated on."""
+        batch = self.collate(rows)
+        if WEIGHT not in rows[0]:
+            return batch
+        weights = torch.tensor([row[WEIGHT] for row in rows])
+        tokens = torch.tensor([_count(list(row["labels"])) for row in rows])
+        return {**batch, WEIGHTS: weights.repeat_interleave(tokens)}
