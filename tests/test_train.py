@@ -124,7 +124,7 @@ def test_prompts_are_read_in_the_form_of_the_recipe_once(files, prompt_format, k
     llm_tokenizer, model = build_llm_tokenizer(), build_model(slm="llama")
     tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, build_slm_tokenizer(), format_of_text(prompt_format))
     assert tokenizer.prompt_format == kept
-    found = setup.make_examples(options, setup.load_splits(options), model, tokenizer)["train"]
+    found = setup.make_examples(options, setup.load_splits(options)[0], model, tokenizer)["train"]
     rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()[:8]]
     assert found["input_ids"][:] == llm_tokenizer([prompt_format.format(**row) for row in rows])["input_ids"]
     if kept:  # what its users write, it was trained on

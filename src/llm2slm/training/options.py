@@ -51,8 +51,8 @@ class TrainOptions:
     more_data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "further data sets to learn from, one or more, such as what `llm2slm label` wrote: their pairs of"
-            " --train-split, in the same formats"
+            "help": "further data sets to learn from, one or more, such as what `llm2slm label` wrote: the split"
+            " `train` of a folder or a name on the Hub, all of a file, in the same formats"
         },
     )
     more_data_weight: float = _option(1.0, "what a token of --more-data counts in the loss; one of --data counts 1")

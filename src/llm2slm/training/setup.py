@@ -45,7 +45,7 @@ PAD_TO_MULTIPLE_OF = 8  # fewer different sizes: freed memory fits the next batc
 
 # --------------------------------------------------------------------------------------------------- pairs to examples
 def load_splits(options: TrainOptions) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """The pairs of `train` and, unless there is no evaluation, `validation`; and how many each of `more_data` gives."""
+    """The pairs of `train` and, unless there is no evaluation, `validation`; and how many `more_data` adds."""
     named = {"train": options.train_split, "validation": options.validation_split}
     limits = {"train": options.max_train_pairs, "validation": options.max_validation_pairs}
     splits = {
@@ -54,12 +54,13 @@ def load_splits(options: TrainOptions) -> tuple[dict[str, Dataset], dict[str, in
         if split != "none"
     }
 
-    def with_teachers(pairs: Dataset, source: str, max_pairs: int | None = None) -> Dataset:
-        return add_teachers_prompts(options, pairs, source, max_pairs) if options.teacher else pairs
+    def with_teachers(pairs: Dataset, source: str, split: str, max_pairs: int | None = None) -> Dataset:
+        return add_teachers_prompts(options, pairs, source, split, max_pairs) if options.teacher else pairs
 
-    splits["train"], more = with_teachers(splits["train"], options.data, options.max_train_pairs), {}
+    train, more = with_teachers(splits["train"], options.data, options.train_split, options.max_train_pairs), {}
     if options.more_data:
-        splits["train"], more = add_sources(options, splits["train"], splits.get("validation"), with_teachers)
+        train, more = add_sources(options, train, splits.get("validation"), with_teachers)
+    splits["train"] = train
     return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 

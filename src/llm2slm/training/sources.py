@@ -8,6 +8,7 @@ Choices made here:
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def check_sources(options: TrainOptions) -> None:
 
 
 def add_sources(
-    options: TrainOptions, pairs: Dataset, validation: Dataset | None, add: Callable[[Dataset, str], Dataset]
+    options: TrainOptions, pairs: Dataset, validation: Dataset | None, add: Callable[[Dataset, str, str], Dataset]
 ) -> tuple[Dataset, dict[str, int]]:
     r"""
     The pairs of `train` and, behind them, those of `options.more_data`, with the column `token_weight`.
@@ -49,7 +50,7 @@ def add_sources(
         options ([`TrainOptions`]): `data`, `more_data` and what goes with them.
         pairs (`datasets.Dataset`): The pairs of `data` that are learned from.
         validation (`datasets.Dataset`, *optional*): Those that are evaluated on.
-        add (`Callable`): Adds what else is known of each pair, given the pairs of one source and its name.
+        add (`Callable`): Adds what else is known of each pair, given a source's pairs, its name and the split.
 
     Returns:
         The pairs of all sources, and how many each of `more_data` has.
@@ -65,10 +66,11 @@ def add_sources(
         pass
     sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
     for name in options.more_data:
-        rows = load_pairs(name, options.train_split, options.prompt_format, options.completion_format)
+        split = "all" if os.path.isfile(name) else "train"
+        rows = load_pairs(name, split, options.prompt_format, options.completion_format)
         if rows.features["prompt"] != pairs.features["prompt"]:
             raise ValueError(f"{name!r} and {options.data!r} must both have texts, or both chats.")
-        rows = add(rows, name)
+        rows = add(rows, name, split)
         kept = [number for number, prompt in enumerate(rows["prompt"]) if _key(prompt) not in held_out]
         if not kept:
             raise ValueError(f"Every prompt of {name!r} is one that {options.data!r} is evaluated on.")

@@ -91,13 +91,13 @@ def teachers_format(options: TrainOptions) -> str | None:
 
 
 def add_teachers_prompts(
-    options: TrainOptions, pairs: Dataset, source: str, max_pairs: int | None = None
+    options: TrainOptions, pairs: Dataset, source: str, split: str, max_pairs: int | None = None
 ) -> Dataset:
-    """The pairs of a source, as they were read, with the prompts that the teacher reads as another column."""
+    """A source's pairs, as they were read, with the prompts that the teacher reads as another column."""
     prompt_format = teachers_format(options)
     if prompt_format == options.prompt_format:
         return pairs.add_column(PROMPT, pairs["prompt"][:])
-    rows = load_rows(source, options.train_split, max_pairs, options.prompt_format)
+    rows = load_rows(source, split, max_pairs, options.prompt_format)
     texts = make_texts(rows, {"prompt": prompt_format}, f"{source!r}, for the teacher")
     return pairs.add_column(PROMPT, texts["prompt"][:])
 
