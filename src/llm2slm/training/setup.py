@@ -57,10 +57,10 @@ def load_splits(options: TrainOptions) -> tuple[dict[str, Dataset], dict[str, in
     def with_teachers(pairs: Dataset, source: str, split: str, max_pairs: int | None = None) -> Dataset:
         return add_teachers_prompts(options, pairs, source, split, max_pairs) if options.teacher else pairs
 
-    train, more = with_teachers(splits["train"], options.data, options.train_split, options.max_train_pairs), {}
+    more: dict[str, int] = {}
+    splits["train"] = with_teachers(splits["train"], options.data, options.train_split, options.max_train_pairs)
     if options.more_data:
-        train, more = add_sources(options, train, splits.get("validation"), with_teachers)
-    splits["train"] = train
+        splits["train"], more = add_sources(options, splits["train"], splits.get("validation"), with_teachers)
     return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 
