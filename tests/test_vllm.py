@@ -244,7 +244,6 @@ BAD_COMPLETIONS = {
     "embeddings": {"prompt_embeds": "AAAA"},
 }
 BAD_CHATS = {
-    "two messages": [*ONE_MESSAGE, *ONE_MESSAGE],
     "the assistant's": [{"role": "assistant", "content": TEXT}],
     "none": [],
     "an image": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
@@ -262,8 +261,10 @@ def test_a_server_answers_as_generate_and_refuses_bad_requests_beside_good_ones(
         statuses = [answer.result()[0] for answer in bad]
         assert statuses == [400] * len(statuses), dict(zip([*BAD_COMPLETIONS, *BAD_CHATS], statuses, strict=True))
 
-        chat = server.post("chat/completions", messages=ONE_MESSAGE, max_tokens=NEW_TOKENS)[1]
-        assert chat["choices"][0]["message"]["content"] == expected[0]
+        before = [{"role": "user", "content": TEXTS[1]}, {"role": "assistant", "content": TEXTS[2]}]
+        for messages in (ONE_MESSAGE, [*before, *ONE_MESSAGE]):  # trained on single texts, it reads the last
+            chat = server.post("chat/completions", messages=messages, max_tokens=NEW_TOKENS)[1]
+            assert chat["choices"][0]["message"]["content"] == expected[0]
         events = server.post("completions", prompt=TEXT, max_tokens=NEW_TOKENS, stream=True)[1].splitlines()
         parts = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
         assert "".join(part["choices"][0]["text"] for part in parts) == expected[0]

@@ -17,12 +17,10 @@ from .vllm_config import ARCHITECTURE, PROMPT, PROMPT_FOLDER, max_prompt_length,
 # How the text of a chat is tokenized: a key of the prompt, until it is.
 CHAT = "llm2slm_chat"
 ONE_TEXT, TEMPLATE = "one text", "template"
-# A pair that was trained on texts in a format reads one text: the chat of one user message is that text.
+# A pair that was trained on texts in a format reads one text: the chat's last message.
 ONE_TEXT_TEMPLATE = (
-    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
-    "{{ raise_exception('This model was trained on single texts, not on chats: send one message, of the user. Or "
-    "start the server with --chat-template.') }}"
-    "{% endif %}{{ messages[0]['content'] }}"
+    "{% if messages[-1]['role'] != 'user' %}{{ raise_exception('The last message must be the user\\'s.') }}{% endif %}"
+    "{{ messages[-1]['content'] }}"
 )
 
 
