@@ -42,6 +42,7 @@ def main():
         help="(default: %(default)s)",
     )
     parser.add_argument("--ask-below", type=float, help="at each tolerance (default: what is not tolerated)")
+    parser.add_argument("--fast", action="store_true", help="draft with the compiled step")
     parser.add_argument("--metrics", nargs="+", default=["chrf", "bleu"], help="(default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
@@ -118,7 +119,8 @@ def load_ways(arguments: argparse.Namespace):
         return ids if llm.config.is_encoder_decoder else ids[inputs["input_ids"].shape[1] :], {}
 
     def together(tolerance):
-        dial = {"llm": llm, "tolerance": tolerance, "ask_below": arguments.ask_below, "return_dict_in_generate": True}
+        dial = {"llm": llm, "tolerance": tolerance, "ask_below": arguments.ask_below, "fast": arguments.fast}
+        dial["return_dict_in_generate"] = True
 
         def write(inputs):
             output = model.generate(**inputs, **dial, **options)

@@ -37,7 +37,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llm2slm import LLM2SLMTokenizer, LosslessOutput, drafting_llm2slm
+from llm2slm import LLM2SLMTokenizer, LosslessOutput, drafter_llm2slm
 from llm2slm.drafting_llm2slm import _best, _sampled
 
 KINDS = ["llama", "gpt2", "t5"]
@@ -58,7 +58,7 @@ def noisy(llm):
 def drafts(monkeypatch):
     """Each draft, in order, with the probabilities that the SLM gave to its tokens."""
     found, probabilities = [], []
-    draft, is_unsure = drafting_llm2slm._Drafter.draft, drafting_llm2slm._Dial.is_unsure
+    draft, is_unsure = drafter_llm2slm.Drafter.draft, drafter_llm2slm.Dial.is_unsure
 
     def spied_draft(*args, **kwargs):
         probabilities.clear()
@@ -69,8 +69,8 @@ def drafts(monkeypatch):
         probabilities.append(probability)
         return is_unsure(dial, probability)
 
-    monkeypatch.setattr(drafting_llm2slm._Drafter, "draft", spied_draft)
-    monkeypatch.setattr(drafting_llm2slm._Dial, "is_unsure", spied_is_unsure)
+    monkeypatch.setattr(drafter_llm2slm.Drafter, "draft", spied_draft)
+    monkeypatch.setattr(drafter_llm2slm.Dial, "is_unsure", spied_is_unsure)
     return found
 
 

@@ -23,7 +23,13 @@ from conftest import (
 )
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, LosslessOutput, drafting_llm2slm
+from llm2slm import (
+    LLM2SLMForConditionalGeneration,
+    LLM2SLMTokenizer,
+    LosslessOutput,
+    decoding_llm2slm,
+    drafter_llm2slm,
+)
 from llm2slm.few_rows_llm2slm import EagerFewRows
 
 PROMPT = build_prompts((9,))[0][None]
@@ -151,14 +157,14 @@ def test_drafts_are_what_the_model_itself_would_write_on(llm_kind, slm_kind, spi
 @pytest.fixture
 def spied_drafts(monkeypatch):
     """The verified response and the draft of each round, while drafting goes on as ever."""
-    rounds, draft = [], drafting_llm2slm._Drafter.draft
+    rounds, draft = [], drafter_llm2slm.Drafter.draft
 
     def spy(drafter, response, *args, **kwargs):
         drafted = draft(drafter, response, *args, **kwargs)
         rounds.append((response, drafted.tokens))
         return drafted
 
-    monkeypatch.setattr(drafting_llm2slm._Drafter, "draft", spy)
+    monkeypatch.setattr(drafter_llm2slm.Drafter, "draft", spy)
     return rounds
 
 
@@ -476,3 +482,49 @@ def test_a_few_rows_at_once_are_what_linear_gives(rows, with_bias):
             lower = layer.to(torch.bfloat16)(inputs.to(torch.bfloat16))
     assert output.is_contiguous() and lower.dtype == torch.bfloat16
     torch.testing.assert_close(output, expected)
+
+
+# -------------------------------------------------------------------------------------------------- drafts, compiled
+COUNTS = ("llm_calls", "draft_tokens", "accepted_tokens", "unasked_tokens")
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """A backend that compiles at once."""
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", "eager")
+
+
+def same_drafts(model, llm, prompt=PROMPT, **options) -> None:
+    """Asserts that the compiled step drafts what the plain way drafts."""
+    plain, fast = (model.generate_lossless(prompt, llm=llm, fast=fast, **options) for fast in (False, True))
+    assert plain.sequences.tolist() == fast.sequences.tolist()
+    assert [plain[name] for name in COUNTS] == [fast[name] for name in COUNTS]
+    assert 0 < plain.accepted_tokens < plain.draft_tokens
+    compiled = decoding_llm2slm._compiled[model.slm][1]
+    assert not compiled.failed and len(compiled.idle_caches) == 1
+
+
+@pytest.mark.parametrize("kind", COPIED_LLMS)
+def test_the_compiled_step_drafts_the_same_and_takes_back_what_was_rejected(kind, eager_backend):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm, noise={"t5": 0.1, "bart": 0.05}.get(kind, 0.1))
+    for max_draft_tokens in (3, 8):  # the second response takes the cache of the first
+        same_drafts(model, llm, max_new_tokens=30, max_draft_tokens=max_draft_tokens, draft_confidence=0, **VARIED)
+
+
+def test_the_compiled_step_reads_tokens_that_a_trimmed_vocabulary_lacks(eager_backend, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)  # a cache that is outgrown
+    llm = endless(build_llm("llama"))
+    used = greedy(llm, max_new_tokens=24, **VARIED)[0].tolist()
+    model = build_trimmed_drafter(llm, lacking=used[3:20:4])
+    jitter(model.slm, 0.02)
+    same_drafts(model, llm, max_new_tokens=24, max_draft_tokens=4, draft_confidence=0, **VARIED)
+
+
+def test_what_cannot_be_compiled_drafts_in_the_plain_way(noisy, llm, eager_backend, monkeypatch, caplog):
+    expected = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=12, **VARIED)
+    monkeypatch.setattr(type(noisy.slm), "_can_compile_fullgraph", False)
+    drafter_llm2slm.logger.warning_once.__func__.cache_clear()
+    with caplog.at_level("WARNING", logger=drafter_llm2slm.logger.name):
+        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=12, fast=True, **VARIED)
+    assert output.sequences.equal(expected.sequences) and "drafting in the plain way" in caplog.text

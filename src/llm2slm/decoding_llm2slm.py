@@ -118,10 +118,23 @@ def _rows_per_prompt(generation_config) -> int:
     return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
-def _why_plain(slm, generation_config, kwargs) -> str | None:
-    """What keeps a call from fast decode."""
+def why_not_compiled(slm: PreTrainedModel) -> str | None:
+    """What keeps an SLM's step from being compiled; `None` if nothing does."""
     if any(compiled.failed for compiled in list(_compiled.get(slm, {}).values())):
         return f"{type(slm).__name__} here: its step could not be compiled"
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(slm):
+        return "a model sharded over processes"
+    config = slm.config.get_text_config(decoder=True)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not slm._can_compile_fullgraph or not layer_types <= {"full_attention", "sliding_attention"}:
+        return f"{type(slm).__name__}, which Transformers cannot compile on caches of fixed size"
+    return None
+
+
+def _why_plain(slm, generation_config, kwargs) -> str | None:
+    """What keeps a call from fast decode."""
+    if (reason := why_not_compiled(slm)) is not None:
+        return reason
     mode = generation_config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, *BEAMS):
         return mode.value.replace("_", " ")
@@ -138,12 +151,8 @@ def _why_plain(slm, generation_config, kwargs) -> str | None:
     known = {*inspect.signature(slm.generate).parameters, *SPECIAL_TOKENS, "decoder_input_ids", "input_ids"}
     if unknown := sorted(set(kwargs) - known):
         return f"arguments for the SLM's forward, {unknown}"
-    if kwargs.get("synced_gpus") or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(slm):
+    if kwargs.get("synced_gpus"):
         return "a model sharded over processes"
-    config = slm.config.get_text_config(decoder=True)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if not slm._can_compile_fullgraph or not layer_types <= {"full_attention", "sliding_attention"}:
-        return f"{type(slm).__name__}, which Transformers cannot compile on caches of fixed size"
     return None
 
 
@@ -155,7 +164,7 @@ def _decode(
     pad_token = generation_config._pad_token_tensor
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
+    step = CompiledStep(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
     logits = step.read_prompt()
     while True:
         scores = logits_processor(input_ids, logits[:, -1].to(input_ids.device, torch.float32))
@@ -180,14 +189,22 @@ def _decode(
 
 def _search_beams(slm, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Beam search or beam sampling, as in `GenerationMixin`; called by `slm.generate` with all it prepared."""
-    step = _Step(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
+    step = CompiledStep(slm, input_ids, model_kwargs, _rows_per_prompt(generation_config))
     sequences = search_beams(step, input_ids, logits_processor, stopping_criteria, generation_config)
     step.end()
     return sequences
 
 
-class _Step:
-    """One batch of responses: the prompt in the plain way, then token after token through the compiled step."""
+class CompiledStep:
+    """
+    One batch of responses: the prompt in the plain way, then token after token through the compiled step.
+
+    Args:
+        slm (`PreTrainedModel`): The model that writes.
+        input_ids (`torch.LongTensor`): What the response begins with; of shape `(batch_size, 0)` if with nothing.
+        model_kwargs (`dict`): The prompt: `inputs_embeds`, or `encoder_outputs` with their `attention_mask`.
+        rows_per_prompt (`int`): Responses to each prompt; the rows of one prompt lie side by side.
+    """
 
     def __init__(self, slm, input_ids, model_kwargs, rows_per_prompt):
         self.slm, self.prompt_ids, self.given = slm, input_ids, model_kwargs
@@ -260,10 +277,27 @@ class _Step:
             self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
         self.inputs[f"{self.prefix}input_ids"] = tokens.contiguous()  # the compiled step takes no other strides
         logits = self._run()
-        self.length += 1
-        for name in {"position_ids", "cache_position"} & set(self.inputs):
-            self.inputs[name] = self.inputs[name] + 1
+        self._move(1)
         return logits
+
+    def write_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Logits behind a token that has no id, only its embedding of shape `(batch_size, 1, hidden_size)`."""
+        if self.length == self.capacity:
+            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
+        inputs = {name: value for name, value in self.inputs.items() if name != "input_ids"}
+        logits = _logits(self.slm, {**inputs, "inputs_embeds": embeds})
+        self._move(1)
+        return logits
+
+    def take_back(self, number: int) -> None:
+        """Forgets the last tokens written."""
+        self._move(-number)
+        self._forget_step()
+
+    def _move(self, number):
+        self.length += number
+        for name in {"position_ids", "cache_position"} & set(self.inputs):
+            self.inputs[name] = self.inputs[name] + number
 
     def choose_rows(self, rows: torch.Tensor) -> None:
         """Goes on with what was written in these rows, of shape `(batch_size,)`; each is of the same prompt."""

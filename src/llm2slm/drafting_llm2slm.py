@@ -9,7 +9,7 @@ Choices made here:
   its layers that the projector reads are kept. Transformers' assisted generation passes no states to a drafter.
 - `llm.generate` prepares the call (lengths, logits processors, stopping criteria, the encoder's run) and hands over to
   the loop here, its `custom_generate`. Each token is processed and checked for stopping by itself, as without drafts.
-- Drafter and LLM keep caches of their own, which hold what is verified and are cropped after each rejected draft.
+- Drafter (drafter_llm2slm.py) and LLM keep caches of their own, which hold what is verified and lose what is rejected.
 
 One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
 on Transformers 4.x and 5.x.
@@ -20,8 +20,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +29,11 @@ from transformers.generation import SynthIDTextWatermarkingConfig
 from transformers.modeling_outputs import ModelOutput
 
 from .arguments_llm2slm import stop_at_strings
+from .drafter_llm2slm import Dial, Draft, Drafter
 from .few_rows_llm2slm import EagerFewRows
-from .inputs_llm2slm import PROMPT_AND_RESPONSE, check_positions, check_prompt_ids, given_once
+from .inputs_llm2slm import check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
-from .loading_llm2slm import check_same_architecture, max_positions
+from .loading_llm2slm import check_same_architecture
 
 
 @dataclass
@@ -79,6 +79,7 @@ class LosslessGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         max_draft_tokens: int = 16,
         draft_confidence: float = 0.25,
+        fast: bool = False,
         **kwargs,
     ) -> LosslessOutput:
         r"""
@@ -109,6 +110,8 @@ class LosslessGenerationMixin(GenerationMixin):
                 The SLM drafts on while the probability it gives to the whole draft is at least this. A further token
                 is of use only if the whole draft before it is right, so the best value is about what a step of the
                 SLM costs in runs of the LLM.
+            fast (`bool`, *optional*, defaults to `False`):
+                Drafts with a compiled step of the SLM, as `generate(..., fast=True)` does.
             kwargs:
                 Further arguments of `llm.generate`: `max_new_tokens`, `stopping_criteria`, `streamer`, ... As in
                 `generate`, `max_length` means the response. With `stop_strings` pass the `tokenizer`. In sampling,
@@ -123,7 +126,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 (`config.shared_tokenizer`); if one of the two models cannot take tokens back; and for an invalid
                 prompt (see `encode_prompt`).
         """
-        dial = _Dial(0.0, 1.0, max_draft_tokens, draft_confidence)
+        dial = Dial(0.0, 1.0, max_draft_tokens, draft_confidence, fast)
         prompt = {"input_ids": given_once(inputs, input_ids), "attention_mask": attention_mask}
         return self._generate_with_llm(llm, **prompt, arguments=_arguments_of(generation_config, kwargs), dial=dial)
 
@@ -138,6 +141,7 @@ class LosslessGenerationMixin(GenerationMixin):
         ask_below=None,
         max_draft_tokens=16,
         draft_confidence=0.25,
+        fast=False,
         **kwargs,
     ) -> Any:
         """`generate` with an `llm`; its arguments are explained there."""
@@ -145,7 +149,7 @@ class LosslessGenerationMixin(GenerationMixin):
         _check_share("tolerance", tolerance)
         ask_below = 1 - tolerance if ask_below is None else ask_below
         _check_share("ask_below", ask_below)
-        dial = _Dial(tolerance, 0.0 if tolerance == 1 else ask_below, max_draft_tokens, draft_confidence)
+        dial = Dial(tolerance, 0.0 if tolerance == 1 else ask_below, max_draft_tokens, draft_confidence, fast)
         arguments = _arguments_of(generation_config, kwargs)
         output = self._generate_with_llm(llm, input_ids, attention_mask, arguments, dial)
         return output if arguments.get("return_dict_in_generate") else output.sequences
@@ -178,13 +182,13 @@ class LosslessGenerationMixin(GenerationMixin):
         """
         if self.llm is not None and dial.tolerance > 0:
             # Tokens will stand that the SLM alone has chosen: let it read the states that it has learned to read.
-            return llm, lambda: _Drafter(self, self.encode_prompt(prompt_ids).prompt_embeds)
+            return llm, lambda: Drafter(self, self.encode_prompt(prompt_ids).prompt_embeds, dial)
         layers, num_layers = self.config.prompt_layers, self.config.llm_text_config.num_hidden_layers
         prompt_part = self._prompt_part(llm)
         if llm.config.is_encoder_decoder or not dial.never_asks:
             reading = LayerStates(prompt_part, layers, num_layers, whole=llm)
-            return reading.model, lambda: _Drafter(
-                self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds
+            return reading.model, lambda: Drafter(
+                self, self.encode_prompt(prompt_ids, None, reading.states()).prompt_embeds, dial
             )
         # A decoder-only LLM that will not be asked reads the prompt as far up as the projector needs it.
         if max(layers) < num_layers:
@@ -193,7 +197,7 @@ class LosslessGenerationMixin(GenerationMixin):
 
         def start_drafter():
             apart.model(input_ids=prompt_ids, attention_mask=mask, use_cache=False, return_dict=True)
-            return _Drafter(self, self.encode_prompt(prompt_ids, None, apart.states()).prompt_embeds)
+            return Drafter(self, self.encode_prompt(prompt_ids, None, apart.states()).prompt_embeds, dial)
 
         return llm, start_drafter
 
@@ -221,29 +225,6 @@ def _check_share(name, value):
     # `not` in front, so that NaN is refused
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"`{name}` must be from 0 to 1, got {value!r}.")
-
-
-@dataclass(frozen=True)
-class _Dial:
-    """Which drafts the LLM is asked about, which of their tokens stand, and how long a draft gets."""
-
-    tolerance: float
-    ask_below: float
-    max_draft_tokens: int
-    draft_confidence: float
-
-    @property
-    def never_asks(self) -> bool:
-        """The LLM is not run behind the prompt."""
-        return self.tolerance == 1
-
-    def is_unsure(self, probability: float) -> bool:
-        """Whether the LLM is asked about a token to which the SLM gives this probability."""
-        return self.ask_below >= 1 or probability < self.ask_below
-
-    def is_exact(self, do_sample: bool) -> bool:
-        """Whether the response is the LLM's own greedy one."""
-        return self.tolerance == 0 and self.ask_below >= 1 and not do_sample
 
 
 # What the caller cannot ask for, and the value it has: no other way of decoding, and nothing in the output but ids and
@@ -337,15 +318,6 @@ def _other_than(values, arguments) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in asked.items())
 
 
-@dataclass
-class _Draft:
-    """Tokens that the SLM proposes, in the LLM's ids."""
-
-    tokens: list[int] = field(default_factory=list)
-    unsure: bool = False  # about one of them, so that the LLM is asked
-    distributions: list[torch.Tensor] = field(default_factory=list)  # what each was drawn from, in sampling
-
-
 def _draft_and_verify(
     llm,
     input_ids,
@@ -373,7 +345,7 @@ def _draft_and_verify(
 
     # A greedy draft that is verified need not be processed.
     processes_draft = do_sample or (len(logits_processor) > 0 and not dial.is_exact(do_sample))
-    drafting = {"dial": dial, "ends": ends, "process": process if processes_draft else None, "do_sample": do_sample}
+    drafting = {"ends": ends, "process": process if processes_draft else None, "do_sample": do_sample}
     # Asked of each function that the LLM calls, so only where it can help.
     in_float32_on_a_cpu = llm.device.type == "cpu" and llm.dtype == torch.float32
     faster_linear = EagerFewRows() if in_float32_on_a_cpu else contextlib.nullcontext()
@@ -389,7 +361,7 @@ def _draft_and_verify(
     unread, finished = input_ids, False
     while not finished:
         # 1. Draft.
-        draft = _Draft()
+        draft = Draft()
         if drafter is not None:
             room = generation_config.max_length - input_ids.shape[1]
             room -= dial.ask_below >= 1  # verified in any case, and the LLM writes one further
@@ -445,6 +417,8 @@ def _draft_and_verify(
             unasked_tokens += matches
         llm_calls += asked
         draft_tokens, accepted_tokens = draft_tokens + len(draft.tokens), accepted_tokens + matches
+    if drafter is not None:
+        drafter.end()
     if streamer is not None:
         streamer.end()
     return LosslessOutput(
@@ -485,130 +459,6 @@ def _sampled(
         if not rest.any():  # one distribution, up to rounding
             rest = p
     return torch.multinomial(rest, num_samples=1)
-
-
-class _Drafter:
-    """The SLM with an encoded prompt and a cache: it continues a response, in the LLM's ids."""
-
-    def __init__(self, model, prompt_embeds):
-        self.slm, self.embed, self.prompt_embeds = model.slm, model._embed_with_slm, prompt_embeds
-        self.is_encoder_decoder = self.slm.config.is_encoder_decoder
-        self.fewer_logits = "logits_to_keep" in inspect.signature(self.slm.forward).parameters
-        self.read: list[int] = []  # the response's tokens in the cache
-        if self.is_encoder_decoder:
-            self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            self.encoder_outputs = self.slm.get_encoder()(inputs_embeds=prompt_embeds, return_dict=True)
-            self.start_token, self.context_length = model.config.decoder_start_token_id, 1
-        else:
-            self.cache = DynamicCache()
-            self.context_length = prompt_embeds.shape[1]
-        self.text_config = self.slm.config.get_text_config(decoder=True)
-        positions = max_positions(self.text_config)
-        self.max_response_length = None if positions is None else positions - self.context_length
-        # The SLM's id of each of the LLM's, and back; -1 for none.
-        self.slm_ids = model.prompt_token_map
-        self.llm_vocab_size = model.config.llm_text_config.vocab_size
-        if self.slm_ids is not None:
-            known = (self.slm_ids >= 0).nonzero().flatten()
-            self.llm_ids = self.slm_ids.new_full((model.config.vocab_size,), -1).long()
-            self.llm_ids[self.slm_ids[known].long()] = known
-
-    def check_room(self, length: int) -> None:
-        """Raises a `ValueError` if the SLM has not the positions for a response of `length` tokens."""
-        what = "response has" if self.is_encoder_decoder else PROMPT_AND_RESPONSE
-        check_positions("SLM", self.text_config, self.context_length + length, what)
-
-    def draft(
-        self,
-        response: list[int],
-        limit: int,
-        dial: _Dial,
-        ends: set[int],
-        process: Callable | None = None,
-        do_sample: bool = False,
-    ) -> _Draft:
-        """Continues `response`, which has grown since the last call, by at most `limit` tokens."""
-        if self.max_response_length is not None:
-            limit = min(limit, self.max_response_length - len(response))
-        draft = _Draft()
-        if limit <= 0:
-            return draft
-        same = 0
-        while same < len(self.read) and self.read[same] == response[same]:
-            same += 1
-        if same < len(self.read):
-            self.cache.crop(same - len(self.read))
-        self.read = self.read[:same]
-        unread, probability = response[same:], 1.0
-        token: int | None
-        while len(draft.tokens) < limit:
-            logits = self._next_token_logits(unread).float()
-            if process is not None:
-                distribution = process(self._over_the_llms_tokens(logits), draft.tokens).softmax(dim=-1)
-                choice = torch.multinomial(distribution, num_samples=1) if do_sample else distribution.argmax()
-                token, chance = int(choice), float(distribution[choice])
-                if do_sample:
-                    draft.distributions.append(distribution)
-            else:
-                if dial.never_asks:  # there is no one else to write
-                    logits = self._without_tokens_the_llm_lacks(logits)
-                top = logits.softmax(dim=-1).max(dim=-1)
-                token, chance = self._llm_id(int(top.indices)), float(top.values)
-                if token is None:
-                    break
-            draft.tokens.append(token)  # sure or not: the step is paid for, and to verify one more costs little
-            unread = [token]
-            if dial.is_unsure(chance):
-                draft.unsure = True
-                probability *= chance
-            if probability < dial.draft_confidence or token in ends:
-                break
-        return draft
-
-    def _next_token_logits(self, tokens: list[int]) -> torch.Tensor:
-        ids = torch.tensor([tokens], dtype=torch.long, device=self.prompt_embeds.device)
-        if self.slm_ids is not None:
-            ids = self.slm_ids.to(ids.device)[ids].long()
-        first = self.cache.get_seq_length() == 0
-        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
-        if self.is_encoder_decoder:
-            # A token that the SLM lacks is read as padding.
-            ids = ids.masked_fill(ids < 0, self.slm.config.pad_token_id or 0)
-            if first:
-                ids = torch.cat([ids.new_tensor([[self.start_token]]), ids], dim=1)
-            output = self.slm(encoder_outputs=self.encoder_outputs, decoder_input_ids=ids, **arguments)
-        else:
-            embeds = self.embed(ids).to(self.prompt_embeds.dtype)
-            if first:
-                embeds = torch.cat([self.prompt_embeds, embeds], dim=1)
-            if self.fewer_logits:
-                arguments["logits_to_keep"] = 1
-            output = self.slm(inputs_embeds=embeds, **arguments)
-        self.read += tokens
-        return output.logits[0, -1]
-
-    def _without_tokens_the_llm_lacks(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.slm_ids is None:
-            return logits[: self.llm_vocab_size]
-        return logits.masked_fill(self.llm_ids.to(logits.device) < 0, -torch.inf)
-
-    def _over_the_llms_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of shape `(llm_vocab_size,)`: minus infinity for tokens that the SLM lacks."""
-        scores = logits.new_full((self.llm_vocab_size,), -torch.inf)
-        if self.slm_ids is None:
-            known = logits[: self.llm_vocab_size]
-            scores[: len(known)] = known
-            return scores
-        llm_ids = self.llm_ids.to(logits.device)
-        scores[llm_ids[llm_ids >= 0]] = logits[llm_ids >= 0]
-        return scores
-
-    def _llm_id(self, token: int) -> int | None:
-        """The LLM's id of a token of the SLM, `None` if the LLM has no such token."""
-        if self.slm_ids is None:
-            return token if token < self.llm_vocab_size else None
-        llm_token = int(self.llm_ids[token])
-        return llm_token if llm_token >= 0 else None
 
 
 __all__ = ["LosslessGenerationMixin", "LosslessOutput"]

@@ -122,10 +122,8 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         if llm is not None:
             if prompt_hidden_states is not None or prompt_embeds is not None:
                 raise ValueError("With `llm`, that LLM reads the prompt: pass `input_ids`, not an encoded prompt.")
-            if fast:
-                logger.warning_once("`fast=True` does not go with `llm`: decoding in the plain way.")
             check_prompt_kwargs(kwargs)
-            dial = {"tolerance": tolerance, "ask_below": ask_below}
+            dial = {"tolerance": tolerance, "ask_below": ask_below, "fast": fast}
             input_ids = given_once(inputs, input_ids)
             return self._generate_within_tolerance(llm, input_ids, attention_mask, generation_config, **dial, **kwargs)
         for name, value in (("tolerance", tolerance), ("ask_below", ask_below)):

@@ -57,6 +57,7 @@ from .training_llm2slm import LLM2SLMTrainingMixin, uses_checkpointing
 if TYPE_CHECKING:  # this file's relative imports complete the checkpoint (Transformers 4 asks no other file for any)
     from .beams_llm2slm import search_beams  # noqa: F401
     from .decoding_llm2slm import generate_fast  # noqa: F401
+    from .drafter_llm2slm import Drafter  # noqa: F401
     from .drafting_llm2slm import LosslessGenerationMixin  # noqa: F401
     from .few_rows_llm2slm import EagerFewRows  # noqa: F401
     from .pipeline_llm2slm import LLM2SLMText2TextGenerationPipeline  # noqa: F401
