@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "train LLM-to-SLM, the SLM alone or the LLM on prompt/completion pairs",
     "generate": "write responses to prompts",
     "serve": "answer requests on this machine, as OpenAI's API does",
+    "race": "show the LLM and LLM-to-SLM side by side on a page, each timed",
     "evaluate": "score a model's responses, or compare such reports",
     "label": "let an LLM write the responses of a data set",
     "estimate": "predict what a pair of models would gain on this machine, without weights",
