@@ -220,13 +220,14 @@ def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path
         (["benchmark", *models, "--systems", "ctranslate2"], "pip install ctranslate2"),
         (["benchmark", *models, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
         (["serve", "./none"], "pip install 'llm-to-slm[serve]'"),
+        (["race", "./none"], "pip install 'llm-to-slm[race]'"),
     ]
     code = f"""
 from llm2slm.cli.main import main
 for argv in {[argv for argv, _ in calls]!r}:
     assert main(argv) == 2
 """
-    result = run_without([*OPTIONAL, "ctranslate2", "llama_cpp"], code)
+    result = run_without([*OPTIONAL, "ctranslate2", "gradio", "llama_cpp"], code)
     assert result.returncode == 0, result.stderr
     errors = [line for line in result.stderr.splitlines() if ": error: " in line]
     for (argv, line), error in zip(calls, errors, strict=True):

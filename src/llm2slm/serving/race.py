@@ -235,20 +235,22 @@ def load_race(
         return pair.generate(fast=True, **kwargs)
 
     starts = pair.config.slm_config.is_encoder_decoder
-    makers: dict[str, Callable[[], tuple]] = {
-        "llm": lambda: ([whole_llm], read_with_llm, whole_llm.generate, llm_tokenizer, True),
-        "llm2slm": lambda: ([pair], read, pair.generate, tokenizer, starts),
-        "fast": lambda: ([pair], read, write_fast, tokenizer, starts),
-        "lossless": lambda: ([whole_llm, pair], read, write_lossless, llm_tokenizer, True),
-    }
     titles = TITLES | ({} if adapter is None else {"llm": "LLM with an adapter"})
+
+    def make(name, models, reads, writes, writers_tokenizer, skips_first) -> Racer:
+        configs, ends = [model.config for model in models], models[0].generation_config.eos_token_id
+        return Racer(titles[name], configs, reads, writes, writers_tokenizer, skips_first, ends, max_new_tokens)
+
+    makers: dict[str, Callable[[], Racer]] = {
+        "llm": lambda: make("llm", [whole_llm], read_with_llm, whole_llm.generate, llm_tokenizer, True),
+        "llm2slm": lambda: make("llm2slm", [pair], read, pair.generate, tokenizer, starts),
+        "fast": lambda: make("fast", [pair], read, write_fast, tokenizer, starts),
+        "lossless": lambda: make("lossless", [whole_llm, pair], read, write_lossless, llm_tokenizer, True),
+    }
     names, racers = list(dict.fromkeys(systems)), []
     for name in names:
-        models, *how = makers[name]()
-        ends = models[0].generation_config.eos_token_id
-        racer = Racer(titles[name], [model.config for model in models], *how, ends, max_new_tokens)
-        racer.warm_up(pair.device, WARM_UP_LENGTHS if name == "fast" else WARM_UP_LENGTHS[:1])
-        racers.append(racer)
+        racers.append(makers[name]())
+        racers[-1].warm_up(pair.device, WARM_UP_LENGTHS if name == "fast" else WARM_UP_LENGTHS[:1])
     reference = names.index("llm") if "llm" in names else 0
     said = [f"All write greedily, {max_new_tokens} tokens at most, {_describe_machine(pair)}."]
     if instruction is not None:
