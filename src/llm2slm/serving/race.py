@@ -107,9 +107,10 @@ class Racer:
 
     def write(self, inputs: dict[str, torch.Tensor]) -> Iterator[Progress]:
         """
-        Writes a response, and shows it now and then; the last time, whole. Whoever stops looking (`close` of the
-        iterator) ends it at its next token.
+        Writes a response, and shows it before the start, now and then, and at last whole. Whoever stops looking
+        (`close` of the iterator) ends it at its next token.
         """
+        yield Progress()
         streamer, left = _Watch(self.tokenizer, self.skips_first), threading.Event()
         stopping = StoppingCriteriaList([_Left(left)])
         thread = threading.Thread(target=streamer.watch, args=(self.generate, inputs, stopping), daemon=True)

@@ -10,12 +10,8 @@ from .race import MAX_CHARACTERS, Progress, Race
 
 MAX_WAITING = 16  # visitors; a race has the machine for itself
 CSS = """
-.finish { width: 100%; border-collapse: collapse; border: none; }
-.finish td { border: none; padding: 0.3em 0.8em 0.3em 0; vertical-align: middle; }
-.finish td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.finish td.bar { width: 55%; }
-.finish td.bar div { height: 0.8em; min-width: 2px; border-radius: 0.4em; background: var(--color-accent); }
-@media (max-width: 600px) { .finish td.bar { display: none; } }
+.lane { display: grid; grid-template-columns: 1fr auto; column-gap: 1em; margin: 0.6em 0; }
+.lane div { grid-column: 1 / -1; height: 0.6em; min-width: 2px; border-radius: 0.3em; background: var(--color-accent) }
 """
 HOW = (
     "One after another, each with the machine for itself, live. Times run from the call to the token, the prompt's "
@@ -52,14 +48,17 @@ def build_page(race: Race, name: str, card: CheckpointCard) -> gr.Blocks:
             gr.Markdown(describe_figures(card.figures))
 
         def run(text: str):
-            yield dict.fromkeys((*columns, *times, finish), "")
+            shown = dict.fromkeys((*columns, *times, finish), "")
+            yield shown
             last: dict[int, Progress] = {}
             try:
-                for index, last[index] in race.run(text):
-                    yield {columns[index]: last[index].text, times[index]: describe(last[index])}
+                for index, progress in race.run(text):
+                    last[index] = progress
+                    shown |= {columns[index]: progress.text, times[index]: describe(progress)}
+                    yield shown
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from None
-            yield {finish: describe_finish(race, list(last.values()))}
+            yield shown | {finish: describe_finish(race, list(last.values()))}
 
         running = gr.on(
             [start.click, prompt.submit],
@@ -88,8 +87,14 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     Raises:
         OSError: if it cannot listen there.
     """
+    fonts = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the reader's own, none to load
     page.launch(
-        server_name=host, server_port=port or None, css=CSS, ssr_mode=False, footer_links=["gradio", "settings"]
+        server_name=host,
+        server_port=port or None,
+        theme=gr.themes.Default(font=fonts),
+        css=CSS,
+        ssr_mode=False,
+        footer_links=["gradio", "settings"],
     )
 
 
@@ -97,32 +102,29 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
 def describe(progress: Progress) -> str:
     """The line below a response."""
     if progress.first_token_s is None:
-        return ""
-    said = f"first token after {in_seconds(progress.first_token_s)} · {progress.tokens} tokens"
+        return "reads the prompt …"
+    said = f"{progress.tokens} tokens, the first after {in_seconds(progress.first_token_s)}"
     if progress.seconds is None:
         return said
-    end = "cut" if progress.is_cut else "done"
-    return f"**{end} after {in_seconds(progress.seconds)}** · {said} · **{speed_of(progress):.0f} tokens/s**"
+    speed, end = speed_of(progress), " · cut at its limit" if progress.is_cut else ""
+    return f"**{in_seconds(progress.seconds)}** · **{speed:.{1 if speed < 10 else 0}f} tokens/s** · {said}{end}"
 
 
 def describe_finish(race: Race, finished: Sequence[Progress]) -> str:
     """Who came first, and how many times as fast as the LLM each one writes, token for token, as HTML."""
     reference, slowest = finished[race.reference], max(seconds_of(progress) for progress in finished)
     ranked = sorted(zip(race.racers, finished, strict=True), key=lambda one: seconds_of(one[1]))
-    rows = []
+    lanes = []
     for racer, progress in ranked:
         seconds, times = seconds_of(progress), speed_of(progress) / speed_of(reference)
-        said = "" if progress is reference else f"{times:.1f} times the speed"
-        rows.append(
-            f"<tr><td>{html.escape(racer.title)}</td>"
-            f'<td class="bar"><div style="width: {100 * seconds / slowest:.1f}%"></div></td>'
-            f'<td class="number">{in_seconds(seconds)}</td><td class="number">{said}</td></tr>'
+        said = "" if progress is reference else f"<b>{times:.1f} times the speed</b> · "
+        lanes.append(
+            f'<div class="lane"><span>{html.escape(racer.title)}</span><span>{said}{in_seconds(seconds)}</span>'
+            f'<div style="width: {100 * seconds / slowest:.1f}%"></div></div>'
         )
     first, than = html.escape(ranked[0][0].title), html.escape(race.racers[race.reference].title)
-    return (
-        f"<h3>First: {first}</h3><table class='finish'>{''.join(rows)}</table>"
-        f"<small>Speed is compared with that of: {than}, token for token, since responses differ in length.</small>"
-    )
+    note = f"Speeds are compared with that of “{than}”, token for token: responses differ in length."
+    return f"<h3>First: {first}</h3>{''.join(lanes)}<small>{note}</small>"
 
 
 def seconds_of(progress: Progress) -> float:
@@ -136,12 +138,11 @@ def speed_of(progress: Progress) -> float:
 
 
 def describe_figures(figures: Sequence[Figure]) -> str:
-    """A card's scores as a table, a row for each data set."""
-    metrics = list(dict.fromkeys(figure.metric for figure in figures))
-    lines = [f"| From the checkpoint's card | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    """A card's scores, a line for each data set."""
+    lines = ["The checkpoint's card says:"]
     for dataset in dict.fromkeys(figure.dataset for figure in figures):
-        values = {figure.metric: figure.value for figure in figures if figure.dataset == dataset}
-        lines.append(f"| {dataset} | {' | '.join(values.get(metric, '') for metric in metrics)} |")
+        scores = [f"{figure.metric} **{figure.value}**" for figure in figures if figure.dataset == dataset]
+        lines.append(f"- {dataset}: {' · '.join(scores)}")
     return "\n".join(lines)
 
 
