@@ -14,8 +14,8 @@ CSS = """
 .lane div { grid-column: 1 / -1; height: 0.6em; min-width: 2px; border-radius: 0.3em; background: var(--color-accent) }
 """
 HOW = (
-    "One after another, each with the machine for itself, live. Times run from the call to the token, the prompt's "
-    "reading included."
+    "Live, one after another, so that none takes the machine from another. Times run from the call to the token, the "
+    "prompt's reading included."
 )
 
 
@@ -117,14 +117,16 @@ def describe_finish(race: Race, finished: Sequence[Progress]) -> str:
     lanes = []
     for racer, progress in ranked:
         seconds, times = seconds_of(progress), speed_of(progress) / speed_of(reference)
-        said = "" if progress is reference else f"<b>{times:.1f} times the speed</b> · "
+        said = "" if progress is reference else f"<b>{times:.1f}×</b> · "
         lanes.append(
             f'<div class="lane"><span>{html.escape(racer.title)}</span><span>{said}{in_seconds(seconds)}</span>'
             f'<div style="width: {100 * seconds / slowest:.1f}%"></div></div>'
         )
-    first, than = html.escape(ranked[0][0].title), html.escape(race.racers[race.reference].title)
-    note = f"Speeds are compared with that of “{than}”, token for token: responses differ in length."
-    return f"<h3>First: {first}</h3>{''.join(lanes)}<small>{note}</small>"
+    than = f"the speed of “{html.escape(race.racers[race.reference].title)}”"
+    first, times = ranked[0][0].title, speed_of(ranked[0][1]) / speed_of(reference)
+    said = html.escape(first) + (f", {times:.1f} times {than}" if times > 1 else "")
+    note = f"×: times {than}, token for token, since responses differ in length."
+    return f"<h3>First: {said}</h3>{''.join(lanes)}<small>{note}</small>"
 
 
 def seconds_of(progress: Progress) -> float:
@@ -148,4 +150,6 @@ def describe_figures(figures: Sequence[Figure]) -> str:
 
 def in_seconds(seconds: float) -> str:
     """Seconds as one reads them."""
-    return f"{1000 * seconds:.0f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f}\u00a0ms"
+    return f"{seconds:.{2 if seconds < 10 else 1}f}\u00a0s"
