@@ -42,8 +42,8 @@ def export_onnx(
 
     `model.onnx` takes `inputs_embeds` `(1, length, hidden_size)`, `attention_mask` `(1, past_length + length)`,
     `position_ids` `(1, length)`, and for each layer N the cache `past_key_values.N.key` and `.value`
-    `(1, num_key_value_heads, past_length, head_dim)`, empty at first. It gives `logits` `(1, 1, vocab_size)` of the last
-    position, and the cache as `present.N.key` and `.value`. `embed_tokens.onnx` gives the `inputs_embeds` of
+    `(1, num_key_value_heads, past_length, head_dim)`, empty at first. It gives `logits` `(1, 1, vocab_size)` of the
+    last position, and the cache as `present.N.key` and `.value`. `embed_tokens.onnx` gives the `inputs_embeds` of
     `input_ids` `(1, length)`. Numbers are 32-bit floats, ids 64-bit integers.
 
     Args:
@@ -60,16 +60,16 @@ def export_onnx(
         OSError: if the folder is there and has files.
         ValueError: if the SLM is none of those that are exported, or too large for one file.
     """
+    _check_slm(model.slm, bits)
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"The folder {folder} exists and has files; delete it or choose another.")
     try:
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
     except ImportError as error:
         raise ImportError("Exporting to ONNX needs Transformers 5.23 or newer: pip install -U transformers") from error
     import onnx_ir
 
-    _check_slm(model.slm, bits)
-    target = Path(folder)
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"The folder {folder} exists and has files; delete it or choose another.")
     quantizer = None
     if bits == 8:
         # The exporter's shapes are symbols where onnxruntime looks for numbers, so it is told the type.
@@ -88,6 +88,7 @@ def export_onnx(
             dynamic_shapes=({1: "length"},),
             verbose=False,
         )
+    assert embed is not None  # which it is with dynamo alone
     for value in [*slm.graph.inputs, *slm.graph.outputs]:
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             side, layer, kind = match.groups()
@@ -106,13 +107,14 @@ def _check_slm(slm: PreTrainedModel, bits: int) -> None:
         raise ValueError(f"SLMs of the kinds {', '.join(EXPORTED)} can be exported to ONNX, and this one is {kind}.")
     size = sum(parameter.numel() for parameter in slm.parameters()) * bits // 8
     if size >= MAX_BYTES:
-        raise ValueError(f"The SLM takes {size / 2**30:.1f} GiB; in one ONNX file it may take 2 GiB. (8 bits take less.)")
+        raise ValueError(f"The SLM takes {size / 2**30:.1f} GiB in {bits} bits; one ONNX file holds 2.")
 
 
 @torch.no_grad()
 def _step(slm: PreTrainedModel) -> dict[str, Any]:
     """What a call of the SLM takes: two more positions behind three in the cache."""
-    width, cache = slm.config.get_text_config().hidden_size, DynamicCache()  # which keeps all of the past, in any layer
+    width = slm.config.get_text_config().hidden_size
+    cache = DynamicCache()  # made without a configuration: it keeps all of the past, in layers with a window too
     slm(inputs_embeds=torch.zeros(1, 3, width), past_key_values=cache, use_cache=True)
     return {
         "inputs_embeds": torch.zeros(1, 2, width),
@@ -127,6 +129,9 @@ def _step(slm: PreTrainedModel) -> dict[str, Any]:
 class _Embedding(nn.Module):
     """The SLM's token embeddings; in 8 bits with a scale for each token."""
 
+    table: torch.Tensor  # (vocab_size, hidden_size)
+    scale: torch.Tensor  # (vocab_size, 1)
+
     def __init__(self, slm: PreTrainedModel, bits: int):
         super().__init__()
         self.embeddings = slm.get_input_embeddings()
@@ -134,8 +139,8 @@ class _Embedding(nn.Module):
         if bits == 8:
             with torch.no_grad():
                 ids = torch.arange(self.embeddings.num_embeddings)
-                table = self.embeddings(ids)  # (vocab_size, hidden_size), scaled as the SLM does it
-            scale = (table.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-12)  # (vocab_size, 1)
+                table = self.embeddings(ids)  # scaled as the SLM does it
+            scale = (table.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-12)
             self.embeddings = None
             self.register_buffer("table", (table / scale).round().to(torch.int8))
             self.register_buffer("scale", scale)

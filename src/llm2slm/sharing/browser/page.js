@@ -68,6 +68,8 @@ async function encode(prompt) {
     method: "POST",
     headers: { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) },
     body: JSON.stringify({ prompt, encoding_format: "base64" }),
+  }).catch(() => {
+    throw new Error("The server does not answer, or does not allow this page.");
   });
   const received = await answer.arrayBuffer();
   const content = JSON.parse(new TextDecoder().decode(received));
@@ -115,8 +117,7 @@ async function atWork(work) {
   try {
     await work();
   } catch (error) {
-    const unreachable = error instanceof TypeError; // all that `fetch` says
-    element("status").textContent = unreachable ? "The server does not answer, or does not allow this page." : error.message;
+    element("status").textContent = error.message;
   }
   element("write").disabled = false;
   element("again").disabled = !encoded;
