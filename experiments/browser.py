@@ -7,8 +7,7 @@ how many bytes does a prompt take, and does it write when the server has ended?
         --folders onnx-8 --output results/browser.json
 
 It needs selenium, and Debian's chromium and chromium-driver. Tokens a second are those that the page shows, without
-the first one. On a machine that others use too they say little: tokens for each second that Chromium computes, all of
-its processes and the prompt included, are reported beside them. `--screenshots FOLDER` leaves pictures of the page.
+the first one. `--screenshots FOLDER` leaves pictures of the page.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import psutil
 from datasets import load_from_disk
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -77,11 +75,6 @@ class Page:
         self.wait("Ready.")
         self._show_server().send_keys(f"http://127.0.0.1:{SERVER_PORT}")
 
-    def cpu_seconds(self) -> float:
-        """That Chromium has computed since it started."""
-        processes = psutil.Process(self.browser.service.process.pid).children(recursive=True)
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
-
     def _show_server(self):
         self.browser.execute_script("document.querySelector('details').open = true")
         server = self.browser.find_element(By.ID, "server")
@@ -116,12 +109,9 @@ class Page:
 def measure(page: Page, prompts: list[str], expected: list[str]) -> list[dict]:
     rows = []
     for prompt, text in zip(prompts, expected, strict=True):
-        computed = page.cpu_seconds()
         shown = page.write(prompt)
-        computed = page.cpu_seconds() - computed
         row = {"equal": shown["response"] == text.strip(), "tokens": int(shown["tokens"])}
-        row |= {"tokens_per_s": float(shown["speed"]), "tokens_per_cpu_s": round(row["tokens"] / computed, 1)}
-        row |= {"first_token_ms": int(shown["first"].split()[0])}
+        row |= {"tokens_per_s": float(shown["speed"]), "first_token_ms": int(shown["first"].split()[0])}
         row |= {"received_kb": float(shown["received"].split()[0])}
         rows.append(row)
         print(row, flush=True)
@@ -157,7 +147,7 @@ def main():
             if arguments.screenshots is not None:
                 page.press("again")
                 page.screenshots(arguments.screenshots)
-            names = ("tokens_per_s", "tokens_per_cpu_s", "first_token_ms", "received_kb")
+            names = ("tokens_per_s", "first_token_ms", "received_kb")
             results[folder.name] = {
                 "equal_responses": sum(row["equal"] for row in rows),
                 "medians": {name: statistics.median(row[name] for row in rows) for name in names},

@@ -84,7 +84,8 @@ let model, encoded;
 
 function show(tokens, started, first) {
   const ended = model.endTokens.includes(tokens.at(-1));
-  const text = model.tokenizer.decode(ended ? tokens.slice(0, -1) : tokens, { skip_special_tokens: true });
+  const settings = { skip_special_tokens: true, clean_up_tokenization_spaces: false }; // as `generate`'s tokenizer does
+  const text = model.tokenizer.decode(ended ? tokens.slice(0, -1) : tokens, settings);
   element("response").textContent = text.replace(/\uFFFD+$/, ""); // half a character: the other half is to come
   element("tokens").textContent = tokens.length;
   element("first").textContent = `${Math.round(first - started)} ms`;
