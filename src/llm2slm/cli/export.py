@@ -21,7 +21,7 @@ class Options:
     """The options of `llm2slm export`."""
 
     onnx: str = option("new folder for the SLM as ONNX, its tokenizer, and a page for the browser", metavar="FOLDER")
-    bits: Literal["8", "32"] = option("with --onnx: of each weight; 8 makes it small and quick, 32 exact", "32")
+    bits: Literal["8", "32"] = option("with --onnx: of each weight; 32 is exact, 8 a quarter as large", "32")
     revision: str | None = option("branch, tag or commit of the checkpoint's repository on the Hub", None)
 
 

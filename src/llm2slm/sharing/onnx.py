@@ -4,8 +4,8 @@ Choices made here:
 - Transformers' own exporter traces the SLM. `optimum-onnx` 0.1.0, which does the same, ends at Transformers 4.57.
 - Two graphs, named as Optimum and Transformers.js name theirs: the SLM takes embeddings, those of a prompt or of a
   token, and a small one gives the embedding of a token. Neither knows of an LLM.
-- 8 bits: each matrix is stored as 8-bit integers, and so is what it is multiplied with, at each step. Weights alone
-  in 8 bits (`MatMulNBits`) lose less, but ONNX Runtime Web has no quick way to compute with them.
+- 8 bits: each matrix is stored as 8-bit integers, and what it is multiplied with becomes such at each step. Weights
+  alone in 8 bits (`MatMulNBits`) are slower than 32 bits in ONNX Runtime Web 1.30.
 - The page lies in the package, so that a command writes a folder which is ready to be served.
 """
 
