@@ -26,7 +26,7 @@ def load_writer():
 @pytest.mark.parametrize("slm", ["llama", "qwen2", "gemma3"])
 def test_greedy_tokens_equal_generate(slm, load_writer, tokenizer, tmp_path):
     model = build_model(slm=slm)
-    folder = export_onnx(model, tokenizer, str(tmp_path / "onnx"))
+    folder = export_onnx(model, tokenizer, tmp_path / "onnx")
     write = load_writer(folder)
     for prompt in build_prompts((1, 5, 9)):  # the last two are longer than Gemma's window
         encoding = model.encode_prompt(prompt[None])
@@ -61,8 +61,8 @@ def test_a_folder_in_8_bits_is_complete(load_writer, tokenizer, tmp_path):
 
 def test_what_cannot_be_exported_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="can be exported to ONNX, and this one is t5"):
-        export_onnx(build_model(slm="t5"), tokenizer, str(tmp_path / "onnx"))
+        export_onnx(build_model(slm="t5"), tokenizer, tmp_path / "onnx")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="exists and has files"):
-        export_onnx(build_model(slm="llama"), tokenizer, str(tmp_path))
+    with pytest.raises(FileExistsError, match="exists; delete it or choose another"):
+        export_onnx(build_model(slm="llama"), tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-from ..utils import check_installed
+from ..utils import check_installed, check_new_file
 from .options import option
 
 
@@ -33,6 +33,7 @@ def add_more_options(parser: argparse.ArgumentParser, help_only: bool) -> None:
 def run(options: Options, checkpoint: str) -> None:
     """Writes the folder; errors are those of [`~llm2slm.sharing.onnx.export_onnx`]."""
     check_installed("`llm2slm export`", "onnx", "onnxruntime", "onnxscript", install="pip install 'llm-to-slm[onnx]'")
+    check_new_file(options.onnx)
     from ..language_models import load_checkpoint
     from ..sharing.onnx import export_onnx
 

@@ -10,6 +10,7 @@ Choices made here:
 """
 
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -25,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from ..language_models import says_no_length
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import MAX_NEW_TOKENS
+from ..utils import MAX_NEW_TOKENS, check_new_file
 
 SLM_FILE, EMBEDDINGS_FILE = "model.onnx", "embed_tokens.onnx"
 PAGE = Path(__file__).parent / "browser"
@@ -35,7 +36,10 @@ _CACHE_NAME = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|
 
 
 def export_onnx(
-    model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokenizer, folder: str, bits: Literal[8, 32] = 32
+    model: LLM2SLMForConditionalGeneration,
+    tokenizer: LLM2SLMTokenizer,
+    folder: str | os.PathLike,
+    bits: Literal[8, 32] = 32,
 ) -> Path:
     r"""
     Writes the SLM as ONNX, its tokenizer and configuration, and a page for the browser, into a new folder.
@@ -49,7 +53,7 @@ def export_onnx(
     Args:
         model ([`LLM2SLMForConditionalGeneration`]): On the CPU, in float32; its LLM is not needed.
         tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
-        folder (`str`): Where to; it may be there if it is empty.
+        folder (`str` or `os.PathLike`): A new folder.
         bits (`int`, *optional*, defaults to 32): Of each weight in a matrix. With 8 the file is a quarter as large.
 
     Returns:
@@ -57,13 +61,11 @@ def export_onnx(
 
     Raises:
         ImportError: if Transformers is too old to export.
-        OSError: if the folder is there and has files.
+        OSError: if the folder exists, or cannot be written.
         ValueError: if the SLM is none of those that are exported, or too large for one file.
     """
     _check_slm(model.slm, bits)
-    target = Path(folder)
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"The folder {folder} exists and has files; delete it or choose another.")
+    check_new_file(folder)
     try:
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
     except ImportError as error:
@@ -93,12 +95,14 @@ def export_onnx(
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             side, layer, kind = match.groups()
             value.name = f"{'past_key_values' if side == 'input' else 'present'}.{layer}.{kind}"
-    target.mkdir(parents=True, exist_ok=True)
-    onnx_ir.save(slm, target / SLM_FILE)
-    onnx_ir.save(embed.model, target / EMBEDDINGS_FILE)
-    _write_settings(model, tokenizer, target)
-    shutil.copytree(PAGE, target, dirs_exist_ok=True)
-    return target
+    part = Path(f"{os.fspath(folder)}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was interrupted
+    shutil.copytree(PAGE, part)
+    onnx_ir.save(slm, part / SLM_FILE)
+    onnx_ir.save(embed.model, part / EMBEDDINGS_FILE)
+    _write_settings(model, tokenizer, part)
+    os.replace(part, folder)
+    return Path(folder)
 
 
 def _check_slm(slm: PreTrainedModel, bits: int) -> None:
@@ -151,17 +155,17 @@ class _Embedding(nn.Module):
         return self.embeddings(input_ids)
 
 
-def _write_settings(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokenizer, target: Path) -> None:
+def _write_settings(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokenizer, folder: Path) -> None:
     """The files that say of an SLM alone what it is, under the names they have in any checkpoint."""
     config, own = model.slm.config, model.generation_config
-    config.save_pretrained(target)
+    config.save_pretrained(folder)
     GenerationConfig(
         eos_token_id=own.eos_token_id,
         bos_token_id=own.bos_token_id,
         pad_token_id=own.pad_token_id,
         max_new_tokens=MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length,
-    ).save_pretrained(target)
-    tokenizer.slm_tokenizer.save_pretrained(target)
+    ).save_pretrained(folder)
+    tokenizer.slm_tokenizer.save_pretrained(folder)
 
 
 @contextmanager
