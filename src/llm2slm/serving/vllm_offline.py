@@ -76,7 +76,8 @@ def vllm_writer(
     # In one process an error is raised as it is, and Ctrl-C ends the engine too. Standard output is for responses.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would tear the progress bar
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; without a GPU it would ask for nearly all there are
     import vllm
     from vllm.exceptions import VLLMValidationError
 
@@ -104,14 +105,15 @@ def vllm_writer(
         lengths = [(len(prompt), params["max_tokens"]) for prompt in ids]
         check_positions(config, lengths, "The longest prompt with its response", "see --prompt-max-length")
         ways = [vllm.SamplingParams(**params, seed=None if choice.seed is None else choice.seed + row) for row in rows]
-        asked = engine.enqueue([{"prompt_token_ids": prompt} for prompt in ids], ways, use_tqdm=False)
-        written: dict[str, Any] = {}
+        engine.enqueue([{"prompt_token_ids": prompt} for prompt in ids], ways, use_tqdm=False)
+        finished = []
         while engine.llm_engine.has_unfinished_requests():
             for output in engine.llm_engine.step():
                 if output.finished:
-                    written[output.request_id] = response = output.outputs[0]
-                    tell(len(response.token_ids))
-        responses = [written[request] for request in asked]
+                    finished.append(output)
+                    tell(len(output.outputs[0].token_ids))
+        # vLLM numbers requests as they come.
+        responses = [output.outputs[0] for output in sorted(finished, key=lambda output: int(output.request_id))]
         texts = tokenizer.batch_decode([response.token_ids for response in responses], skip_special_tokens=True)
         return [
             Answer(text, response.finish_reason, len(response.token_ids))
