@@ -100,7 +100,7 @@ clean:  ## Remove the environments, builds and caches
 	find src tests tests_upstream training -type d -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: CONSTRAINTS := constraints.txt
-.venv/.installed: EXTRAS := test,quality
+.venv/.installed: EXTRAS := test,quality,onnx
 .venv/.installed: constraints.txt
 .venv-v4/.installed: CONSTRAINTS := constraints-v4.txt
 .venv-v4/.installed: EXTRAS := test

@@ -36,14 +36,7 @@ def start(folder: Path | str, log: Path, arguments: list[str]) -> tuple[subproce
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += [
-        "--served-model-name",
-        "served",
-        "--no-enable-prefix-caching",
-        "--generation-config",
-        "vllm",
-        *arguments,
-    ]
+    command += ["--served-model-name", "served", *arguments]
     process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
     return process, f"http://127.0.0.1:{port}"
 
@@ -133,6 +126,7 @@ def main():
     arguments = parser.parse_args()
     prompts = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     options = ["--dtype", arguments.dtype, "--max-model-len", "1024", "--max-num-seqs", "64", "--seed", "0"]
+    options += ["--no-enable-prefix-caching", "--generation-config", "vllm"]
     config = AutoConfig.from_pretrained(arguments.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         llm_folder = Path(folder) / "llm"

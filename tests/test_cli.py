@@ -12,11 +12,13 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from pyarrow import parquet, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -32,6 +34,7 @@ from llm2slm.benchmark.random_models import SIZES
 from llm2slm.cli import generate
 from llm2slm.cli import main as cli
 from llm2slm.cli.options import option, read_recipe
+from llm2slm.serving import offline
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
@@ -221,13 +224,15 @@ def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path
         (["benchmark", *models, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
         (["serve", "./none"], "pip install 'llm-to-slm[serve]'"),
         (["race", "./none"], "pip install 'llm-to-slm[race]'"),
+        (["generate", "--model", "./none", "--prompt", "w1", "--engine", "vllm"], "pip install 'llm-to-slm[vllm]'"),
+        (["generate", "--model", "./none", "--prompt", "w1", "--output", "none.parquet"], "pip install pyarrow"),
     ]
     code = f"""
 from llm2slm.cli.main import main
 for argv in {[argv for argv, _ in calls]!r}:
     assert main(argv) == 2
 """
-    result = run_without([*OPTIONAL, "ctranslate2", "gradio", "llama_cpp"], code)
+    result = run_without([*OPTIONAL, "ctranslate2", "gradio", "llama_cpp", "pyarrow", "vllm"], code)
     assert result.returncode == 0, result.stderr
     errors = [line for line in result.stderr.splitlines() if ": error: " in line]
     for (argv, line), error in zip(calls, errors, strict=True):
@@ -578,7 +583,7 @@ def test_output_is_never_overwritten(checkpoints, tmp_path, capsys):
 
 def interrupted_run(argv: list[str], batches: int, monkeypatch) -> None:
     """`llm2slm generate`, stopped by Ctrl-C before it writes one batch more."""
-    left, generate_batch = [batches], generate.generate_batch
+    left, generate_batch = [batches], offline.generate_batch
 
     def stops(*args, **kwargs):
         left[0] -= 1
@@ -587,7 +592,7 @@ def interrupted_run(argv: list[str], batches: int, monkeypatch) -> None:
         return generate_batch(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "generate_batch", stops)
+        patch.setattr(offline, "generate_batch", stops)
         assert cli.main(argv) == 130
 
 
@@ -610,6 +615,40 @@ def test_an_interrupted_output_is_gone_on_with(more, checkpoints, tmp_path, monk
     assert output.read_bytes() == whole.read_bytes()
     assert f"Going on with {part}: 2 prompts" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.jsonl", "p.txt", "whole.jsonl"]
+
+
+def test_parquet_is_read_and_written_row_by_row_and_gone_on_with(checkpoints, tmp_path, monkeypatch):
+    rows = [{"id": i, "tags": ["a"] * i, "prompt": text} for i, text in enumerate(["w1 w2", "", "w3", "w4 w5"])]
+    rows[3]["2024-01-02"] = "2024-01-02"  # a text, and no date; only one row has it
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["generate", "--model", checkpoints["llama"], "--max-new-tokens", "4", "--batch-size", "1"]
+
+    def written(read: str, write: str, *, in_two: bool = False) -> list[dict]:
+        more = [*argv, "--input", str(tmp_path / read), "--output", str(tmp_path / write)]
+        if in_two:
+            interrupted_run(more, 2, monkeypatch)
+        assert cli.main(more) is None
+        if write.endswith(".parquet"):
+            return parquet.read_table(tmp_path / write).to_pylist()
+        return [json.loads(line) for line in (tmp_path / write).read_text().splitlines()]
+
+    plain = written("p.jsonl", "r.jsonl")
+    assert [row["finish_reason"] is None for row in plain] == [False, True, False, False]
+    with_all = [{"id": None, "tags": None, "prompt": None, "2024-01-02": None, **row} for row in plain]
+    assert written("p.jsonl", "r.parquet", in_two=True) == with_all
+    assert written("r.parquet", "again.jsonl") == with_all
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_columns_that_do_not_go_into_parquet_are_said_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "id": 1}\n{"prompt": "w2", "id": "x"}\n')
+    argv = ["generate", "--model", "none", "--input", str(tmp_path / "p.jsonl")]
+    assert_one_line_error(capsys, [*argv, "--output", str(tmp_path / "r.parquet")], "one type a column")
+    parquet.write_table(table({"prompt": ["w1"], "day": [date(2024, 1, 2)]}), tmp_path / "p.parquet")
+    argv[-1] = str(tmp_path / "p.parquet")
+    assert_one_line_error(capsys, argv, "row 1: a column is not what JSON has", "date")
+    (tmp_path / "p.parquet").write_text("prompt")
+    assert_one_line_error(capsys, argv, "p.parquet is not Parquet")
 
 
 def test_an_unfinished_output_with_other_prompts_or_settings_is_kept_and_refused(
@@ -687,7 +726,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_read(capsys):
         ("p.csv", "", "has no column `prompt`, only []"),
         ("p.csv", "prompt\nw1,w2\n", "row 1 has more cells than the 1 columns ['prompt']"),
         ("p.csv", "prompt\n" + 140_000 * "w", "is not CSV: field larger than field limit"),
-        ("p.json", '[{"prompt": "w1"}]', "must be text, one prompt a line, or .jsonl or .csv"),
+        ("p.json", '[{"prompt": "w1"}]', "must be text, one prompt a line, or .jsonl, .csv"),
         ("p.jsonl", '{"prompt": "w1"}\n{"text": "w2"}\n', "row 2 has no column `prompt`, only ['text']"),
         ("p.jsonl", '{"prompt": 3}\n', "row 1: the prompt must be a string, got 3"),
         ("p.jsonl", "w1\n", "row 1 is not JSON"),
@@ -708,6 +747,9 @@ def test_bad_prompts_are_one_line_before_anything_is_loaded(name, text, message,
         (["--prompt", "w1", " "], "--prompt, row 2: the prompt is empty"),
         (["--prompt", "w1", "--temperature", "0.5"], "add --do-sample"),
         (["--prompt", "w1", "--stream", "--num-beams", "2"], "cannot show beam search"),
+        (["--prompt", "w1", "--engine", "vllm", "--stream"], "--stream shows one response at a time"),
+        (["--prompt", "w1", "--engine", "vllm", "--num-beams", "2"], "leave out --engine for beam search"),
+        (["--prompt", "w1", "--engine", "vllm", "--device", "cpu"], "leave out --device"),
     ],
 )
 def test_bad_generate_options_are_one_line(argv, message, capsys):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HUB_MODULES = sorted(path.stem for path in (ROOT / "src" / "llm2slm").glob("*_llm2slm.py"))
 CONSTRAINTS = {  # and the extras whose packages each pins
-    "constraints.txt": ["gguf", "peft", "train", "test", "quality", "docs"],
+    "constraints.txt": ["gguf", "onnx", "peft", "train", "test", "quality", "docs"],
     "constraints-v4.txt": ["gguf", "peft", "train", "test"],
 }
 

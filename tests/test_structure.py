@@ -11,7 +11,7 @@ HUB = "the Hub files"
 MAY_IMPORT = {
     "cli": {"training", "evaluation", "benchmark", "sharing", "serving", "data", "language_models", "utils"},
     "serving": {"language_models", "utils", HUB},
-    "sharing": {"training", "evaluation", "benchmark", "data", "utils", HUB},
+    "sharing": {"training", "evaluation", "benchmark", "data", "language_models", "utils", HUB},
     "evaluation": {"benchmark", "training", "data", "language_models", "utils"},
     "benchmark": {"language_models", "utils", HUB},
     "training": {"building", "data", "language_models", "utils", HUB},

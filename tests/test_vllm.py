@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
+from itertools import count
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from conftest import (
     LLM_KINDS,
     SLM_VOCAB,
     build_llm_tokenizer,
+    build_model,
     build_prompts,
     build_slm_tokenizer,
     jitter,
@@ -38,11 +41,14 @@ vllm = pytest.importorskip("vllm", reason="vLLM is in an environment of its own:
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
+from llm2slm.cli import main as cli  # noqa: E402
 
 WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12
 SMALL = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+TEXTS = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(8)]
+TEXT = TEXTS[0]
 LANGUAGE_MODEL_ONLY = {"limit_mm_per_prompt": {"prompt": 0}}
 DEBUGGING = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 2}
@@ -98,6 +104,98 @@ def written(engine, prompts):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.fixture
+def small_engines(monkeypatch):
+    """`vllm.LLM` without compilation, for a few requests at a time."""
+
+    class SmallLLM(vllm.LLM):
+        batches_left = 100
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**SMALL, "max_num_batched_tokens": 64, **kwargs})
+
+        def enqueue(self, *args, **kwargs):
+            SmallLLM.batches_left -= 1
+            if SmallLLM.batches_left < 0:
+                raise KeyboardInterrupt
+            return super().enqueue(*args, **kwargs)
+
+    monkeypatch.setattr(vllm, "LLM", SmallLLM)
+    return SmallLLM
+
+
+def test_a_file_of_prompts_is_answered_as_by_generate_and_gone_on_with(tmp_path, small_engines, capsys):
+    model, tokenizer = save_pair(tmp_path / "pair", fusion="add_shared", slim=True, prompt_format="w1 {prompt} w2")
+    (tmp_path / "pair-llm").rename(tmp_path / "llm")
+    texts = [TEXT, TEXT, "", *TEXTS[1:]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": text[:2], "prompt": text}) + "\n" for text in texts))
+    argv = ["generate", "--engine", "vllm", "--model", str(tmp_path / "pair"), "--llm", str(tmp_path / "llm")]
+    argv += ["--dtype", "float32", "--input", str(tmp_path / "p.jsonl"), "--batch-size", "4", "--max-new-tokens", "12"]
+
+    def written(name, *more, code=None):
+        assert cli.main([*argv, *more, "--output", str(tmp_path / name)]) == code
+        if code is None:
+            return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    def answer_to(text):
+        if not text:
+            return {"response": "", "finish_reason": None}
+        ids = greedy(model, tokenizer(text)["input_ids"])
+        reason = "stop" if ids[-1] == EOS else "length"
+        return {"response": tokenizer.decode(ids, skip_special_tokens=True), "finish_reason": reason}
+
+    assert written("greedy.jsonl") == [{"id": text[:2], "prompt": text, **answer_to(text)} for text in texts]
+    assert "10 responses of " in capsys.readouterr().err
+    sampling = ["--do-sample", "--temperature", "1.5", "--seed", "3"]
+    whole = written("whole.jsonl", *sampling)
+    assert whole[0]["response"] != whole[1]["response"]  # each prompt has its own seed
+    small_engines.batches_left = 1
+    written("cut.jsonl", *sampling, code=130)
+    assert len((tmp_path / "cut.jsonl.part").read_text().splitlines()) == 4
+    small_engines.batches_left = 100
+    assert written("cut.jsonl", *sampling) == whole
+
+
+def test_what_vllm_cannot_write_is_said_in_one_line(tmp_path, small_engines, capsys):
+    save_pair(tmp_path / "pair", slim=True)
+    save_pair(tmp_path / "other", slim=True, llm="gemma3")
+    build_model("llama", "t5").save_pretrained(tmp_path / "t5")
+    LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer()).save_pretrained(tmp_path / "t5")
+
+    def error(*argv):
+        assert cli.main(["generate", "--engine", "vllm", "--max-new-tokens", "4", "--model", *argv]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        return captured.err.splitlines()[-1]
+
+    pair = str(tmp_path / "pair")
+    assert "this pair's is an encoder-decoder (t5)" in error(str(tmp_path / "t5"), "--prompt", "w1")
+    assert "not an LLM-to-SLM checkpoint" in error(f"{pair}-llm", "--prompt", "w1")
+    assert "There is no checkpoint" in error(f"{pair}-none", "--prompt", "w1")
+    assert "frozen LLM could not be loaded" in error(pair, "--llm", f"{pair}-none", "--prompt", "w1")
+    assert "is not the one" in error(pair, "--llm", str(tmp_path / "other-llm"), "--prompt", "w1")
+    assert "top_p" in error(pair, "--do-sample", "--top-p", "3", "--prompt", "w1")
+    assert "needs 65 positions, but the LLM (llama) has 64" in error(pair, "--prompt", "w1 " * 64)
+    generation = json.loads((tmp_path / "pair" / "generation_config.json").read_text())
+    (tmp_path / "pair" / "generation_config.json").write_text(json.dumps({**generation, "no_repeat_ngram_size": 2}))
+    assert "`no_repeat_ngram_size` 2" in error(pair, "--prompt", "w1")
+
+
+@pytest.mark.parametrize("slm, fusion", [("llama", "replace"), ("gemma3", "add_shared")])
+def test_the_exported_slm_writes_to_encoded_prompts_in_a_stock_engine(tmp_path, slm, fusion):
+    model, _ = save_pair(tmp_path / "pair", slm=slm, fusion=fusion)
+    assert cli.main(["export", str(tmp_path / "pair"), "--slm", str(tmp_path / "slm")]) is None
+    prompts = [ids.tolist() for ids in build_prompts((5, 9, 3, 40))]
+    encoded = [model.encode_prompt(torch.tensor([ids])).prompt_embeds[0].detach() for ids in prompts]
+    engine = vllm.LLM(str(tmp_path / "slm"), enable_prompt_embeds=True, distributed_executor_backend="uni", **SMALL)
+    sampling = vllm.SamplingParams(**GREEDY)
+    outputs = engine.generate([{"prompt_embeds": embeds} for embeds in encoded], sampling, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [greedy(model, ids) for ids in prompts]
+    assert [output.outputs[0].text for output in outputs] == [
+        build_slm_tokenizer().decode(greedy(model, ids), skip_special_tokens=True) for ids in prompts
+    ]
+
+
 # The one with n-grams last: vLLM starts no other engine in a process that has had one.
 @pytest.mark.parametrize(
     "llm, slm, fusion, slim, options",
@@ -147,8 +245,6 @@ def test_what_would_be_wrong_is_refused_at_start(tmp_path, options, message):
 
 
 def test_an_encoder_decoder_slm_is_refused_at_start(tmp_path):
-    from conftest import build_model
-
     build_model("llama", "t5").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="decoder-only SLMs"):
         EngineArgs(model=str(tmp_path)).create_engine_config()
@@ -185,7 +281,7 @@ class Server:
         )
 
     def wait(self):
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900  # on a busy machine
         while self.process.poll() is None and time.monotonic() < end:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health")
@@ -227,8 +323,6 @@ def running(*servers):
             server.stop()
 
 
-TEXTS = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(8)]
-TEXT = TEXTS[0]
 ONE_MESSAGE = [{"role": "user", "content": TEXT}]
 BAD_COMPLETIONS = {
     "ids above the LLM's": {"prompt": [5, WIDE_LLM_VOCAB]},
@@ -286,7 +380,7 @@ def test_a_server_answers_as_generate_and_refuses_bad_requests_beside_good_ones(
         assert list(threads.map(server.complete, TEXTS)) == expected
 
 
-def test_one_server_encodes_and_others_write(tmp_path):
+def test_two_servers_encode_and_two_write_and_of_each_one_may_be_killed(tmp_path):
     model, tokenizer = save_pair(tmp_path / "pair", fusion="add_shared")
     (tmp_path / "prompts").mkdir()
 
@@ -295,19 +389,37 @@ def test_one_server_encodes_and_others_write(tmp_path):
         transfer = {"ec_connector": "LLM2SLMPromptFolder", "ec_role": role, "ec_connector_extra_config": folder}
         return Server(tmp_path / "pair", tmp_path / name, "--ec-transfer-config", json.dumps(transfer))
 
-    expected = [greedy_text(model, tokenizer, text) for text in TEXTS]
-    servers = server("encoder", "ec_producer"), server("writer", "ec_consumer"), server("other", "ec_consumer")
-    with running(*servers) as (encoder, writer, other), ThreadPoolExecutor(4) as threads:
-        status, answer = writer.post("completions", prompt=TEXT)
+    texts = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(32)]
+    expected = [greedy_text(model, tokenizer, text) for text in texts]
+    assert len(set(expected)) > 16  # a mixed-up answer shows
+    encoders = [server(f"encoder {i}", "ec_producer") for i in range(2)]
+    writers = [server(f"writer {i}", "ec_consumer") for i in range(2)]
+    refused, answered = [], count(1)
+
+    def ask(servers, number, text, **body):
+        """As a client does: another server where one does not answer."""
+        for one in (servers[number % 2], servers[(number + 1) % 2]):
+            try:
+                return one.complete(text, **body)
+            except (OSError, HTTPException):
+                refused.append(one)
+        raise AssertionError(f"Nobody answers {text!r}.")
+
+    def answer_to(number):
+        ask(encoders, number, texts[number], max_tokens=1)
+        answer = ask(writers, number, texts[number])
+        done = next(answered)
+        if done == 8:  # others are under way
+            encoders[0].stop(signal.SIGKILL)
+        elif done == 16:
+            writers[0].stop(signal.SIGKILL)
+        return answer
+
+    with running(*encoders, *writers), ThreadPoolExecutor(4) as threads:
+        status, answer = writers[0].post("completions", prompt=TEXT)
         assert status == 400 and "has not been encoded" in answer
-
-        def answer_to(text, by=writer):
-            encoder.complete(text, max_tokens=1)
-            return by.complete(text)
-
-        assert list(threads.map(answer_to, TEXTS[:4])) == expected[:4]
-        other.stop(signal.SIGKILL)
-        assert list(threads.map(answer_to, TEXTS[4:])) == expected[4:]
-        encoder.stop(signal.SIGKILL)  # what it has encoded is there
-        assert list(threads.map(writer.complete, TEXTS)) == expected
-        assert writer.post("completions", prompt="w1 w1 w1 w1")[0] == 400
+        assert list(threads.map(answer_to, range(32))) == expected
+        assert {*refused} == {encoders[0], writers[0]}
+        encoders[1].stop(signal.SIGKILL)  # what they have encoded is there
+        assert list(threads.map(writers[1].complete, texts)) == expected
+        assert writers[1].post("completions", prompt="w1 w1 w1 w1")[0] == 400

@@ -43,7 +43,12 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def load_checkpoint(
-    name: str, revision: str | None = None, llm: str | None = None, dtype: str = "auto", device: str | None = None
+    name: str,
+    revision: str | None = None,
+    llm: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    load_llm: bool = True,
 ) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMTokenizer]:
     """
     Loads an LLM-to-SLM checkpoint and its tokenizer with this package's classes. A checkpoint's own copy of the code
@@ -55,6 +60,7 @@ def load_checkpoint(
         llm (`str`, *optional*): Where its LLM is, if not where it says.
         dtype (`str`, *optional*, defaults to `"auto"`): Number format of the weights; as they are stored.
         device (`str`, *optional*): Where it is put; see [`choose_device`].
+        load_llm (`bool`, *optional*, defaults to `True`): `False` leaves a slim checkpoint without its LLM.
 
     Raises:
         OSError: if there is no such checkpoint, or not its LLM.
@@ -71,7 +77,9 @@ def load_checkpoint(
         raise ValueError(f"{name!r} is a {config.model_type} model, not an LLM-to-SLM checkpoint.")
     # The tokenizer first: it is loaded in no time, and what is wrong with it shows before the models are read.
     tokenizer = LLM2SLMTokenizer.from_pretrained(name, revision=revision)
-    model = LLM2SLMForConditionalGeneration.from_pretrained(name, revision=revision, llm_name_or_path=llm, dtype=dtype)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(
+        name, revision=revision, llm_name_or_path=llm, dtype=dtype, load_llm=load_llm
+    )
     return model.to(place), tokenizer
 
 

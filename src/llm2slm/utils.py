@@ -5,7 +5,6 @@ At import it needs the standard library alone, so that `--help` stays quick.
 
 import contextlib
 import ctypes
-import io
 import json
 import os
 import platform
@@ -120,23 +119,39 @@ def read_json(path: str | os.PathLike, *wanted: str) -> dict[str, Any]:
     return content
 
 
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+def text_lines(path: str | os.PathLike) -> Iterator[str]:
+    """The lines of a user's text file with their ends, as [`decode_text`] reads it, without the whole in memory."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            for line in file:
+                if "\0" in line:
+                    decode_text(b"\0", path)  # which says what is wrong
+                yield line
+        except UnicodeDecodeError as error:
+            decode_text(error.object, path)
+            raise
+
+
+def json_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """
-    The rows of a JSON Lines file.
+    The rows of a JSON Lines file, one after another.
 
     Raises:
         ValueError: if the file is not UTF-8, or a line is not a JSON object.
     """
-    rows = []
-    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, row {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} must be an object with columns, got {line.strip()[:40]!r}.")
-        rows.append(row)
-    return rows
+        yield row
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, as [`json_lines`] reads them."""
+    return list(json_lines(path))
 
 
 def check_settings(path: str | os.PathLike, settings: dict[str, Any], work: str | os.PathLike) -> None:

@@ -1,1 +1,1 @@
-"""Sharing a model: its card, and the upload to the Hub."""
+"""Sharing a model: its card, the upload to the Hub, and its SLM by itself."""

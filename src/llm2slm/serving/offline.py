@@ -1,0 +1,226 @@
+"""Responses to many prompts, batch after batch, in a file from which an interrupted run goes on.
+
+What writes is a [`Writer`]: the model itself ([`model_writer`]) or vLLM (vllm_offline.py).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..tokenization_llm2slm import LLM2SLMTokenizer
+from ..utils import check_new_file, write_json
+from .prompt_files import Prompts, Row, parquet_schema, write_parquet
+
+
+class Answer(NamedTuple):
+    """A response, why it ended (`"stop"`, `"length"` at its limit, `None` without a prompt), and its tokens."""
+
+    response: str
+    finish_reason: str | None
+    num_tokens: int
+
+
+NO_ANSWER = Answer("", None, 0)  # to an empty prompt
+
+# Takes prompts, the number of each one's row, and what is told of the tokens of each response when it is written.
+Writer = Callable[[list[str], list[int], Callable[[int], None]], list[Answer]]
+
+
+class Output:
+    r"""
+    A file of responses, JSON Lines, or Parquet for a name that ends so: FILE.part, JSON Lines, until it is complete.
+
+    Args:
+        path (`str`): The file.
+        prompts ([`Prompts`]): What it answers.
+        settings (`dict`): What the responses depend on. They are kept beside the unfinished file.
+        batch_size (`int`): Prompts that are answered at a time.
+
+    Raises:
+        ValueError: if the columns do not go into Parquet.
+    """
+
+    def __init__(self, path: str, prompts: Prompts, settings: dict[str, Any], batch_size: int):
+        self.path, self.settings, self.batch_size = path, settings, batch_size
+        self.schema = None
+        if path.lower().endswith(".parquet"):
+            texts = {"response": "", "finish_reason": ""}
+            self.schema = parquet_schema(({**row, **texts} for row in prompts.rows()), path)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[TextIO, int]]:
+        """
+        Opens what is unfinished behind its last complete batch; gives it with the number of prompts answered in it,
+        and puts it in its place at the end.
+
+        Raises:
+            OSError: if the file is there by then.
+        """
+        part, begun, answered = Path(f"{self.path}.part"), Path(f"{self.path}.part.json"), 0
+        if part.exists() and begun.exists():
+            answered = _keep_complete_batches(part, self.batch_size)
+            print(f"Going on with {part}: {answered} prompts are answered.", file=sys.stderr)
+        else:  # what stands there without its settings is no one's
+            part.unlink(missing_ok=True)
+            write_json(begun, self.settings, replace=True)
+        try:
+            with open(part, "a", encoding="utf-8") as file:
+                yield file, answered
+        except KeyboardInterrupt:
+            print(f"\nStopped. The same command goes on from {part}.", file=sys.stderr)
+            raise
+        check_new_file(self.path)
+        if self.schema is None:
+            os.replace(part, self.path)
+        else:
+            write_parquet(part, f"{self.path}.whole", self.schema)
+            os.replace(f"{self.path}.whole", self.path)
+            part.unlink()
+        begun.unlink()
+
+
+def _keep_complete_batches(part: Path, batch_size: int) -> int:
+    """Cuts off what was not written whole; returns how many lines remain."""
+    ends, size = [0], 0  # of each batch
+    with open(part, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            size += len(line)
+            if line.endswith(b"\n") and number % batch_size == 0:
+                ends.append(size)
+    os.truncate(part, ends[-1])
+    return (len(ends) - 1) * batch_size
+
+
+def write_all(
+    prompts: Prompts,
+    write: Writer,
+    batch_size: int,
+    output: Output | None = None,
+    show: Callable[[Answer], object] | None = None,
+    show_progress: bool = True,
+) -> None:
+    r"""
+    Writes a response to each prompt, in their order. What is told of it goes to standard error.
+
+    Args:
+        prompts ([`Prompts`]): The prompts.
+        write ([`Writer`]): Writes those of a batch that are not empty.
+        batch_size (`int`): Prompts at a time: as many are in memory.
+        output ([`Output`], *optional*): Where each prompt's columns, its `response` and its `finish_reason` go.
+        show (`Callable`, *optional*): Called with each [`Answer`].
+        show_progress (`bool`, *optional*, defaults to `True`): Whether there is a progress bar.
+    """
+    opened = nullcontext((None, 0)) if output is None else output.opened()
+    progress = tqdm(total=prompts.number, unit="prompt", desc="Generating", disable=not show_progress)
+    cut = tokens = 0
+    with opened as (file, answered), progress:
+        progress.update(answered)
+        rows, started = islice(prompts.rows(), answered, None), time.perf_counter()
+
+        def tell(num_tokens: int) -> None:
+            nonlocal tokens
+            tokens += num_tokens
+            rate = tokens / (time.perf_counter() - started)
+            progress.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            progress.update()
+
+        for start in range(answered, prompts.number, batch_size):
+            batch = list(islice(rows, batch_size))
+            numbers = [number for number, row in enumerate(batch, start=start) if row["prompt"].strip()]
+            texts = [batch[number - start]["prompt"] for number in numbers]
+            answers = dict(zip(numbers, write(texts, numbers, tell) if texts else [], strict=True))
+            progress.update(len(batch) - len(numbers))
+            for number, row in enumerate(batch, start=start):
+                answer = answers.get(number, NO_ANSWER)
+                cut += answer.finish_reason == "length"
+                if file is not None:
+                    file.write(_line(row, answer))
+                if show is not None:
+                    show(answer)
+            if file is not None:
+                file.flush()
+        seconds = time.perf_counter() - started
+    written = prompts.number - answered
+    if output is not None and written:
+        print(
+            f"{written:,} responses of {tokens:,} tokens in {seconds:,.1f} s: {written / seconds:,.1f} prompts/s, "
+            f"{tokens / seconds:,.0f} tokens/s.",
+            file=sys.stderr,
+        )
+    if cut:
+        print(f"{cut} of {prompts.number} responses were cut at their limit: see --max-new-tokens.", file=sys.stderr)
+
+
+def _line(row: Row, answer: Answer) -> str:
+    columns = {**row, "response": answer.response, "finish_reason": answer.finish_reason}
+    return json.dumps(columns, ensure_ascii=False) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ written by the model
+def model_writer(
+    model: LLM2SLMForConditionalGeneration,
+    tokenizer: LLM2SLMTokenizer,
+    prompt_max_length: int | None = None,
+    seed: int | None = None,
+    **generate_kwargs,
+) -> Writer:
+    r"""
+    The model as a [`Writer`]: its own `generate`.
+
+    Args:
+        model ([`LLM2SLMForConditionalGeneration`]): With its LLM loaded.
+        tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's, which puts prompts into its `prompt_format`.
+        prompt_max_length (`int`, *optional*): Cuts prompts to this many tokens of the LLM.
+        seed (`int`, *optional*): Of samples. Each batch has its own: the same samples after an interruption.
+        generate_kwargs: Arguments of `model.generate`.
+    """
+
+    def write(prompts: list[str], rows: list[int], tell: Callable[[int], None]) -> list[Answer]:
+        if seed is not None:
+            set_seed(seed + rows[0])
+        answers = generate_batch(model, tokenizer, prompts, prompt_max_length, **generate_kwargs)
+        for answer in answers:
+            tell(answer.num_tokens)
+        return answers
+
+    return write
+
+
+def generate_batch(
+    model: LLM2SLMForConditionalGeneration,
+    tokenizer: LLM2SLMTokenizer,
+    prompts: list[str],
+    prompt_max_length: int | None = None,
+    **generate_kwargs,
+) -> list[Answer]:
+    """
+    Writes one response to each prompt, in one batch; arguments are those of [`model_writer`].
+
+    Raises:
+        ValueError: if a prompt is longer than the LLM or the SLM takes.
+    """
+    truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
+    ids = model.generate(**inputs, **generate_kwargs)  # (batch_size, response_length)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if model.config.slm_config.is_encoder_decoder:
+        ids = ids[:, 1:]  # the start token, which may be the end token too
+    ends = model.generation_config.eos_token_id
+    is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device))
+    ended = is_end.any(dim=1)
+    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, ids.shape[1])
+    return [
+        Answer(text, "stop" if end else "length", length)
+        for text, end, length in zip(texts, ended.tolist(), lengths.tolist(), strict=True)
+    ]
