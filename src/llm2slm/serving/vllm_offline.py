@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from ..configuration_llm2slm import LLM2SLMConfig
+from ..configuration_llm2slm import LLM_PLACE, LLM2SLMConfig
 from ..language_models import check_positions, says_no_length
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import MAX_NEW_TOKENS
@@ -96,7 +96,7 @@ def vllm_writer(
         # vLLM 0.32 stops at a prompt with a seed that is read in parts: it takes back a random number, which it can on
         # a GPU only.
         options["enable_chunked_prefill"] = False
-    elsewhere: dict[str, Any] = {"llm_name_or_path": llm, "llm_revision": None, "llm_gguf_file": None}
+    elsewhere = {**dict.fromkeys(LLM_PLACE), "llm_name_or_path": llm, "llm_alternatives": None}
     engine = vllm.LLM(
         checkpoint,
         revision=revision,
