@@ -131,7 +131,7 @@ def test_without_a_report_nothing_is_said_of_quality(run):
     assert written.data.eval_results is None and "metrics" not in written.data.to_dict()
 
 
-def test_a_benchmark_is_its_table(files, run, tmp_path):
+def test_a_benchmark_is_its_table(files, run, tmp_path, quick_probe):
     options = ["--model", run, "--llm", files / "llm", "--systems", "slm", "llm2slm", "--repeats", 1]
     options += ["--prompt-length", 4, "--response-length", 4, "--output", tmp_path / "speed.json"]
     assert command("benchmark", *options) is None
