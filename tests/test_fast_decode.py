@@ -49,7 +49,7 @@ def end_early(model, inputs):
 
 @pytest.fixture
 def deprecations(recwarn):
-    """A function: what transformers said, from the test's beginning on, that is on its way out."""
+    """A function: what was called since its last call that transformers says is on its way out."""
     logger, said = logging.getLogger("transformers"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -57,8 +57,10 @@ def deprecations(recwarn):
     logger.addHandler(handler)
 
     def found():
-        warnings = [str(warning.message) for warning in recwarn if "site-packages/torch/" not in warning.filename]
-        return [text for text in said + warnings if "deprecat" in text.lower()]
+        texts = [str(warning.message) for warning in recwarn if "site-packages/torch/" not in warning.filename] + said
+        recwarn.clear()
+        said.clear()
+        return [text for text in texts if "deprecat" in text.lower()]
 
     yield found
     logger.removeHandler(handler)
@@ -71,6 +73,7 @@ def test_greedy_tokens_equal_the_plain_path_and_nothing_called_is_on_its_way_out
     model = build_model("llama", kind)
     prompts = build_prompts()
     end_early(model, padded(prompts))
+    deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
     for side in ("left", "right"):
         plain, fast = both(model, padded(prompts, side), **GREEDY)
@@ -108,6 +111,7 @@ def test_beams_are_those_of_the_plain_path(kind, notes, count_calls, deprecation
     model = build_model("llama", kind)
     inputs = padded(build_prompts()[:2])
     end_early(model, inputs)
+    deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
     for options in ({"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}):
         plain, fast = both(model, inputs, **GREEDY, num_beams=4, **options)
