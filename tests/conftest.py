@@ -39,7 +39,7 @@ TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 @pytest.fixture(autouse=True, scope="module")
 def no_garbage_is_looked_for_in_what_was_imported():
-    """Each training starts with a collection, and looking through a million objects takes longer than its three steps."""
+    """Each training starts with a collection: to look through a million objects takes longer than its few steps."""
     gc.collect()
     gc.freeze()
 
