@@ -1,7 +1,9 @@
 """Tiny random models and tokenizers, built offline: each kind of LLM and SLM in the shape its users know."""
 
+import gc
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
+from llm2slm.benchmark import machine_speed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
@@ -34,10 +37,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_is_looked_for_in_what_was_imported():
+    """Each training starts with a collection: to look through a million objects takes longer than its few steps."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def no_mixed_precision_left_behind(monkeypatch):
     """In Transformers 4 a training with bf16 sets this variable, and the next one in the process follows it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture
+def quick_probe(monkeypatch):
+    """What a benchmark measures the machine with takes a moment instead of seconds."""
+    monkeypatch.setattr(machine_speed, "SECONDS_EACH", 0.02)
+    monkeypatch.setattr(machine_speed, "READ_SHAPE", (256, 256))
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
@@ -255,6 +272,37 @@ def count_calls():
         handle.remove()
 
 
+# ----------------------------------------------------------------------------------------------------- fresh processes
+RUNNER = """
+import contextlib, io, json, sys, traceback
+
+found = {}
+for name, code in json.load(sys.stdin).items():
+    error = None
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            exec(compile(code, name, "exec"), {"__name__": "__main__"})
+        except BaseException:
+            error = traceback.format_exc()
+    found[name] = [out.getvalue(), err.getvalue(), error]
+print(json.dumps(found))
+"""
+
+
+def run_fresh(codes: dict[str, str], before: str = "", **options) -> dict[str, tuple[str, str, str | None]]:
+    """
+    Runs some codes one after the other in one fresh process, of which the imports are the dear part.
+
+    Returns, for each, what it wrote to stdout and to stderr, and its error. `before` runs first, and `options` are
+    those of `subprocess.run`.
+    """
+    command, given = [sys.executable, "-c", f"{before}\n{RUNNER}"], json.dumps(codes)
+    result = subprocess.run(command, input=given, capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {name: tuple(found) for name, found in json.loads(result.stdout.splitlines()[-1]).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 def save_training(folder, pairs):
     """Writes a tiny LLM and 40 pairs into `folder`; a recipe that trains a fresh SLM on 32 and evaluates on 8."""
     build_llm("llama").save_pretrained(folder / "llm")

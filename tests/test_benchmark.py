@@ -24,6 +24,8 @@ from llm2slm.benchmark.report import describe_busy
 from llm2slm.benchmark.runners import Workload, load_runners
 from llm2slm.cli import main as cli
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 QUICK = ["--prompt-length", "4", "--response-length", "5", "--repeats", "2", "--device", "cpu", "--threads", "1"]
 LLAMA = {
     "vocab_size": 64,
@@ -40,11 +42,6 @@ def restored_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def quick_probe(monkeypatch):
-    monkeypatch.setattr(machine_speed, "SECONDS_EACH", 0.02)
 
 
 @pytest.fixture

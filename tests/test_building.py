@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import quick_gguf  # noqa: F401
 import torch
 from conftest import BOS, EOS, LLM_HIDDEN, LLM_KINDS, LLM_VOCAB, PAD, SLM_KINDS, build_llm_tokenizer, jitter
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

@@ -4,12 +4,10 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
-from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer
+from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer, run_fresh
 from datasets import Dataset, DatasetDict
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
@@ -20,6 +18,7 @@ from llm2slm.sharing.card import find_bases, read_licence
 from llm2slm.sharing.card_sections import data_hub_name, data_name
 
 LLM = "tester/llm"
+pytestmark = pytest.mark.xdist_group("card")  # each worker would train and evaluate anew
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_without_a_report_nothing_is_said_of_quality(run):
     assert written.data.eval_results is None and "metrics" not in written.data.to_dict()
 
 
-def test_a_benchmark_is_its_table(files, run, tmp_path):
+def test_a_benchmark_is_its_table(files, run, tmp_path, quick_probe):
     options = ["--model", run, "--llm", files / "llm", "--systems", "slm", "llm2slm", "--repeats", 1]
     options += ["--prompt-length", 4, "--response-length", 4, "--output", tmp_path / "speed.json"]
     assert command("benchmark", *options) is None
@@ -178,27 +177,39 @@ def test_a_form_that_is_a_column_alone_is_no_limit_and_a_split_file_is_told(run)
 
 
 # --------------------------------------------------------------------------------------------------------- the snippet
+SNIPPETS_OF = {"llm2slm": ["--slm-name", "tester/t5"], "slm": [], "llm": [], "package": ["--slm-name", "tester/t5"]}
+
+
+@pytest.fixture(scope="module")
+def snippets(files, tmp_path_factory):
+    """The text of each arm's card, and what its snippet wrote and its error: all run in one fresh process."""
+    folder, texts = tmp_path_factory.mktemp("snippets"), {}
+    for name, options in SNIPPETS_OF.items():
+        arm = "llm2slm" if name == "package" else name
+        shutil.copytree(files / f"run-{arm}", folder / f"run-{name}")
+        if name == "package":
+            config = folder / "run-package" / "config.json"
+            config.write_text(json.dumps(recorded(config) | {"llm_name_or_path": "package:llm_of_a_package"}))
+        else:
+            options = [*options, "--report", files / f"{arm}.json"]
+        texts[name] = card(folder / f"run-{name}", "--license", "mit", *options).text
+    shutil.copytree(files / "llm", folder / "llm_of_a_package")
+    (folder / "llm_of_a_package" / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
+    codes = {name: re.search(r"```python\n(.*?)```", text, re.DOTALL)[1] for name, text in texts.items()}
+    found = run_fresh(codes, cwd=folder)
+    return {name: (texts[name], out, error) for name, (out, _, error) in found.items()}
+
+
 @pytest.mark.parametrize("arm", ["llm2slm", "slm", "llm"])
-def test_the_snippet_runs_as_printed_and_writes_what_the_card_says(files, tmp_path, arm):
-    shutil.copytree(files / f"run-{arm}", tmp_path / f"run-{arm}")
-    options = {"llm2slm": ["--slm-name", "tester/t5"], "slm": [], "llm": []}[arm]
-    text = card(tmp_path / f"run-{arm}", "--license", "mit", "--report", files / f"{arm}.json", *options).text
-    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+def test_the_snippet_runs_as_printed_and_writes_what_the_card_says(snippets, arm):
+    text, written, error = snippets[arm]
+    assert error is None, error
     said = re.search(r"In the evaluation it wrote:\n\n> (.*)", text)[1]
-    result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.strip().splitlines()[-1].strip() == said.strip()
+    assert written.strip().splitlines()[-1].strip() == said.strip()
 
 
-def test_the_snippet_loads_the_llm_from_a_package(files, run, tmp_path):
-    config = recorded(run / "config.json")
-    (run / "config.json").write_text(json.dumps({**config, "llm_name_or_path": "package:llm_of_a_package"}))
-    text = card(run, "--slm-name", "tester/t5", "--license", "mit").text
-    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    shutil.copytree(files / "llm", tmp_path / "llm_of_a_package")
-    (tmp_path / "llm_of_a_package" / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
-    result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_the_snippet_loads_the_llm_from_a_package(snippets):
+    assert snippets["package"][-1] is None, snippets["package"][-1]
 
 
 # ------------------------------------------------------------------------------------------------------------ licences

@@ -18,6 +18,7 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import run_fresh
 from pyarrow import parquet, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -133,7 +134,7 @@ def test_help_of_each_command(command, capsys):
 QUICK_HELP = [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
 
 
-def run_fresh(code: str) -> subprocess.CompletedProcess:
+def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
@@ -149,24 +150,34 @@ try:
 finally:
     assert not {{"torch", "transformers"}} & set(sys.modules)
 """
-    result = run_fresh(code)
+    result = run(code)
     assert result.returncode == 0, result.stderr
     assert "llm2slm" in result.stdout
 
 
-@pytest.mark.parametrize("first", ["import llm2slm", "from llm2slm.data import pairs", "import transformers, llm2slm"])
-def test_everywhere_else_importing_the_package_registers_the_auto_classes(first):
-    # Whatever the process was called with.
+FIRST = ["import llm2slm", "from llm2slm.data import pairs", "import transformers, llm2slm"]
+
+
+def test_everywhere_else_importing_the_package_registers_the_auto_classes():
+    # Whatever the process was called with. Each is a child of one process that imported only what all of them need.
     code = f"""
-import sys
+import os, sys
+import huggingface_hub, safetensors, tokenizers, torch
 sys.argv = ["/somewhere/bin/llm2slm", "--help"]
-{first}
+for first in {FIRST!r}:
+    assert not {{"llm2slm", "transformers"}} & set(sys.modules)
+    if os.fork() == 0:
+        break
+    assert os.wait()[1] == 0, first
+else:
+    sys.exit()
+exec(first)
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 import llm2slm
 assert AutoConfig.for_model("llm2slm").model_type == "llm2slm"
 assert llm2slm.LLM2SLMConfig in AutoModelForSeq2SeqLM._model_mapping
 """
-    result = run_fresh(code)
+    result = run(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -177,28 +188,13 @@ def test_public_names_are_found_when_they_are_used():
         _ = llm2slm.LLM3SLM
 
 
-def test_loading_and_generating_do_without_the_packages_of_training():
-    code = """
-import sys
-sys.modules["datasets"] = None
+OPTIONAL = ["datasets", "gguf", "matplotlib", "peft", "rouge_score", "sacrebleu", "starlette", "trl", "uvicorn"]
+TRAIN = "pip install 'llm-to-slm[train]'"
+LOADING = """
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 import llm2slm.language_models, llm2slm.building
 """
-    result = run_fresh(code)
-    assert result.returncode == 0, result.stderr
-
-
-OPTIONAL = ["datasets", "gguf", "matplotlib", "peft", "rouge_score", "sacrebleu", "starlette", "trl", "uvicorn"]
-TRAIN = "pip install 'llm-to-slm[train]'"
-
-
-def run_without(modules: list[str], code: str) -> subprocess.CompletedProcess:
-    """Runs code in a process of its own, in which some packages cannot be imported."""
-    return run_fresh(f"import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n{code}")
-
-
-def test_help_of_each_command_needs_no_optional_package():
-    code = f"""
+HELP = f"""
 from llm2slm.cli.main import main
 for command in {[*cli.COMMANDS]!r}:
     try:
@@ -206,42 +202,28 @@ for command in {[*cli.COMMANDS]!r}:
     except SystemExit as exit:
         assert exit.code == 0
 """
-    result = run_without(OPTIONAL, code)
-    assert result.returncode == 0, result.stderr
-    assert all("usage: " in result.stdout and f" {command} [-h]" in result.stdout for command in cli.COMMANDS)
-
-
-def test_a_missing_package_is_said_first_with_the_line_that_installs_it(tmp_path):
-    """Each on data and models that are not there: nothing was looked for yet."""
-    models = ["--llm", "./none", "--slm", "./none"]
-    calls = [
-        (["train", "--data", "./none", *models, "--output-dir", str(tmp_path / "run")], TRAIN),
-        (["evaluate", "--model", "./none", "--data", "./none", "--output", "none.json"], TRAIN),
-        (["label", "--llm", "./none", "--data", "./none", "--output", "none"], TRAIN),
-        (["benchmark", *models, "--plot", "none.png"], TRAIN),
-        (["benchmark", *models, "--quality-plot", "none.png"], TRAIN),
-        (["benchmark", *models, "--systems", "ctranslate2"], "pip install ctranslate2"),
-        (["benchmark", *models, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
-        (["serve", "./none"], "pip install 'llm-to-slm[serve]'"),
-        (["race", "./none"], "pip install 'llm-to-slm[race]'"),
-        (["generate", "--model", "./none", "--prompt", "w1", "--engine", "vllm"], "pip install 'llm-to-slm[vllm]'"),
-        (["generate", "--model", "./none", "--prompt", "w1", "--output", "none.parquet"], "pip install pyarrow"),
-    ]
-    code = f"""
+# Each on data and models that are not there: nothing was looked for yet.
+NO_MODELS = ["--llm", "./none", "--slm", "./none"]
+COMMANDS_WITHOUT = [
+    (["train", "--data", "./none", *NO_MODELS, "--output-dir", "run"], TRAIN),
+    (["evaluate", "--model", "./none", "--data", "./none", "--output", "none.json"], TRAIN),
+    (["label", "--llm", "./none", "--data", "./none", "--output", "none"], TRAIN),
+    (["benchmark", *NO_MODELS, "--plot", "none.png"], TRAIN),
+    (["benchmark", *NO_MODELS, "--quality-plot", "none.png"], TRAIN),
+    (["benchmark", *NO_MODELS, "--systems", "ctranslate2"], "pip install ctranslate2"),
+    (["benchmark", *NO_MODELS, "--systems", "llama.cpp"], "pip install llama-cpp-python"),
+    (["serve", "./none"], "pip install 'llm-to-slm[serve]'"),
+    (["race", "./none"], "pip install 'llm-to-slm[race]'"),
+    (["generate", "--model", "./none", "--prompt", "w1", "--engine", "vllm"], "pip install 'llm-to-slm[vllm]'"),
+    (["generate", "--model", "./none", "--prompt", "w1", "--output", "none.parquet"], "pip install pyarrow"),
+]
+COMMANDS = f"""
+import os
 from llm2slm.cli.main import main
-for argv in {[argv for argv, _ in calls]!r}:
+for argv in {[argv for argv, _ in COMMANDS_WITHOUT]!r}:
     assert main(argv) == 2
+assert not os.path.exists("run")
 """
-    result = run_without([*OPTIONAL, "ctranslate2", "gradio", "llama_cpp", "pyarrow", "vllm"], code)
-    assert result.returncode == 0, result.stderr
-    errors = [line for line in result.stderr.splitlines() if ": error: " in line]
-    for (argv, line), error in zip(calls, errors, strict=True):
-        assert error.startswith(f"llm2slm {argv[0]}: error: ") and error.endswith(f", not installed here: {line}"), (
-            error
-        )
-    assert not list(tmp_path.iterdir())
-
-
 FUNCTIONS_WITHOUT = [
     ("from llm2slm import DataCollatorForLLM2SLM", TRAIN),
     ("from llm2slm import load_pairs", TRAIN),
@@ -252,26 +234,59 @@ FUNCTIONS_WITHOUT = [
     ("from llm2slm.benchmark.estimate import estimate; estimate('llm.gguf', 'llm.gguf')", "pip install gguf"),
     ("from llm2slm import LLM2SLMTokenizer as T; T.from_tokenizers('llm.gguf', 'llm.gguf')", "pip install gguf"),
 ]
-
-
-def test_a_function_whose_package_is_missing_names_what_installs_it(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "llm.gguf").touch()
-    code = f"""
-import os
-import llm2slm
-os.chdir({str(tmp_path)!r})
+FUNCTIONS = f"""
 for code in {[code for code, _ in FUNCTIONS_WITHOUT]!r}:
     try:
         exec(code)
     except ImportError as error:
         print(error)
 """
-    result = run_without(OPTIONAL, code)
-    assert result.returncode == 0, result.stderr
-    for (code, line), error in zip(FUNCTIONS_WITHOUT, result.stdout.splitlines(), strict=True):
-        assert error.endswith(f": {line}"), f"{code}: {error}"
+
+
+@pytest.fixture(scope="module")
+def without_packages(tmp_path_factory):
+    """What some codes wrote in a process of their own, in which no optional package can be imported."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "llm.gguf").touch()
+    codes = {"loading": LOADING, "help": HELP, "commands": COMMANDS, "functions": FUNCTIONS}
+    missing = [*OPTIONAL, "ctranslate2", "gradio", "llama_cpp", "pyarrow", "vllm"]
+    found = run_fresh(codes, f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))", cwd=folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "llm.gguf"]
+    return found
+
+
+one_process = pytest.mark.xdist_group("without_packages")
+
+
+@one_process
+def test_loading_and_generating_do_without_the_packages_of_training(without_packages):
+    assert without_packages["loading"][-1] is None, without_packages["loading"][-1]
+
+
+@one_process
+def test_help_of_each_command_needs_no_optional_package(without_packages):
+    out, _, error = without_packages["help"]
+    assert error is None, error
+    assert all("usage: " in out and f" {command} [-h]" in out for command in cli.COMMANDS)
+
+
+@one_process
+def test_a_missing_package_is_said_first_with_the_line_that_installs_it(without_packages):
+    _, err, error = without_packages["commands"]
+    assert error is None, error
+    errors = [line for line in err.splitlines() if ": error: " in line]
+    for (argv, line), said in zip(COMMANDS_WITHOUT, errors, strict=True):
+        assert said.startswith(f"llm2slm {argv[0]}: error: ") and said.endswith(f", not installed here: {line}"), said
+
+
+@one_process
+def test_a_function_whose_package_is_missing_names_what_installs_it(without_packages):
+    out, _, error = without_packages["functions"]
+    assert error is None, error
+    for (code, line), said in zip(FUNCTIONS_WITHOUT, out.splitlines(), strict=True):
+        assert said.endswith(f": {line}"), f"{code}: {said}"
 
 
 def test_module_is_the_command():
@@ -409,7 +424,7 @@ def test_a_bad_value_is_named(argv, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-FUNCTIONS = {
+LIBRARY = {
     "evaluate": ("llm2slm.evaluation.run", "evaluate"),
     "label": ("llm2slm.evaluation.labelling", "label"),
     "estimate": ("llm2slm.benchmark.estimate", "estimate"),
@@ -419,9 +434,9 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
+@pytest.mark.parametrize("command", LIBRARY)
 def test_a_command_has_the_arguments_and_defaults_of_its_function(command):
-    module, name = FUNCTIONS[command]
+    module, name = LIBRARY[command]
     arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     fields = {f.name: f for f in dataclasses.fields(importlib.import_module(f"llm2slm.cli.{command}").Options)}
     assert set(fields) - {"compare", "show"} == set(arguments)
@@ -781,7 +796,7 @@ def restored_threads():
     torch.set_num_threads(threads)
 
 
-def test_benchmark_reports_every_figure(checkpoint, tmp_path, capsys, restored_threads):
+def test_benchmark_reports_every_figure(checkpoint, tmp_path, capsys, restored_threads, quick_probe):
     output = tmp_path / "report.json"
     argv = ["benchmark", "--model", checkpoint, "--threads", "1", "--batch-size", "2", "--output", str(output), *QUICK]
     assert cli.main(argv) is None
@@ -816,7 +831,7 @@ def test_benchmark_reports_every_figure(checkpoint, tmp_path, capsys, restored_t
     assert "per token, llm2slm / slm: **" in table and "end to end, llm / llm2slm: **" in table
 
 
-def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys):
+def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys, quick_probe):
     tiny = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     monkeypatch.setitem(SIZES, "tiny", ("llama", {**tiny, "num_attention_heads": 2}))
     argv = ["benchmark", "--llm", checkpoints["llm"], "--slm", "tiny", "--dtype", "bfloat16", *QUICK]
@@ -826,7 +841,7 @@ def test_benchmark_of_folders_and_of_sizes(checkpoints, monkeypatch, capsys):
     assert "bfloat16" in output and "llm / llm2slm" not in output
 
 
-def test_checkpoint_that_holds_its_llm_is_measured_without_the_llm_alone(checkpoints, tmp_path, capsys):
+def test_checkpoint_that_holds_its_llm_is_measured_without_the_llm_alone(checkpoints, tmp_path, capsys, quick_probe):
     model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llama"])
     model.config.llm_name_or_path = None
     model.save_pretrained(tmp_path / "whole", include_llm=True)

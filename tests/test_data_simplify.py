@@ -17,6 +17,9 @@ import splits  # noqa: E402
 SIDES = ("prompt", "completion")
 
 
+pytestmark = pytest.mark.xdist_group("data_simplify")  # each worker would build it anew
+
+
 @pytest.fixture(scope="module")
 def data():
     return build_simplify.build()

@@ -34,6 +34,7 @@ BLOCK = re.compile(r"(?:<!-- not run: (.*?) -->\n)?```(\w+)\n(.*?)```", re.DOTAL
 # Runs the blocks of each page, and says what each printed and how a page failed.
 RUNNER = """
 import contextlib, io, json, os, traceback
+import quick_gguf
 
 results = {}
 for page, (folder, blocks) in json.load(open("pages.json")).items():
@@ -102,6 +103,7 @@ def test_python_runs_as_printed(small_models, tmp_path):
     (tmp_path / "pages.json").write_text(json.dumps(work))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
     environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling is what other tests are about
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     run = subprocess.run([sys.executable, "-c", RUNNER], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -47,34 +47,40 @@ def end_early(model, inputs):
     model.generation_config.eos_token_id = ids[6]
 
 
-@pytest.mark.parametrize("kind", SLM_KINDS)
-def test_nothing_that_is_called_says_it_is_on_its_way_out(kind, recwarn):
+@pytest.fixture
+def deprecations(recwarn):
+    """A function: what was called since its last call that transformers says is on its way out."""
     logger, said = logging.getLogger("transformers"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     type(logger).warning_once.cache_clear()
     logger.addHandler(handler)
-    try:
-        for ways in ({}, {"do_sample": True}, {"num_beams": 2}):
-            build_model("llama", kind).generate(**padded(build_prompts()), fast=True, max_new_tokens=4, **ways)
-    finally:
-        logger.removeHandler(handler)
-    said += [str(warning.message) for warning in recwarn if "site-packages/torch/" not in warning.filename]
-    assert not [text for text in said if "deprecat" in text.lower()]
+
+    def found():
+        texts = [str(warning.message) for warning in recwarn if "site-packages/torch/" not in warning.filename] + said
+        recwarn.clear()
+        said.clear()
+        return [text for text in texts if "deprecat" in text.lower()]
+
+    yield found
+    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("kind", SLM_KINDS)
-def test_greedy_tokens_equal_the_plain_path(kind, notes, count_calls):
+def test_greedy_tokens_equal_the_plain_path_and_nothing_called_is_on_its_way_out(
+    kind, notes, count_calls, deprecations
+):
     model = build_model("llama", kind)
     prompts = build_prompts()
     end_early(model, padded(prompts))
+    deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
     for side in ("left", "right"):
         plain, fast = both(model, padded(prompts, side), **GREEDY)
         assert torch.equal(plain, fast)
     assert len(set(map(tuple, plain.tolist()))) == 3 and PAD in plain[:, 1:]
     assert len(llm_calls) == 4
-    assert compiled_and_used(model) and not notes()
+    assert compiled_and_used(model) and not notes() and not deprecations()
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
@@ -91,27 +97,28 @@ def test_the_step_that_inductor_compiles_writes_the_same_tokens(kind, notes, mon
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_sampling_with_one_seed_gives_the_same_tokens(kind):
+def test_sampling_with_one_seed_gives_the_same_tokens(kind, deprecations):
     model = build_model("llama", kind)
     options = {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2, "max_new_tokens": 12}
     plain, fast = both(model, padded(build_prompts()), **options)
     other, _ = both(model, padded(build_prompts()), seed=1, **options)
     assert torch.equal(plain, fast) and not torch.equal(plain, other)
-    assert compiled_and_used(model)
+    assert compiled_and_used(model) and not deprecations()
 
 
 @pytest.mark.parametrize("kind", SLM_KINDS)
-def test_beams_are_those_of_the_plain_path(kind, notes, count_calls):
+def test_beams_are_those_of_the_plain_path(kind, notes, count_calls, deprecations):
     model = build_model("llama", kind)
     inputs = padded(build_prompts()[:2])
     end_early(model, inputs)
+    deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
     for options in ({"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}):
         plain, fast = both(model, inputs, **GREEDY, num_beams=4, **options)
         assert torch.equal(plain, fast)
     assert not torch.equal(plain, model.generate(**inputs, **GREEDY))
     assert len(llm_calls) == 5
-    assert compiled_and_used(model) and not notes()
+    assert compiled_and_used(model) and not notes() and not deprecations()
 
 
 @pytest.mark.parametrize(
@@ -143,18 +150,23 @@ def test_sampled_beams_a_cache_outgrown_and_greedy_behind_them(kind, notes, monk
     for options in ({"num_beams": 2, "do_sample": True}, {"num_beams": 2, "do_sample": False}, {"do_sample": False}):
         plain, fast = both(model, inputs, max_new_tokens=30, eos_token_id=None, **options)
         assert torch.equal(plain, fast)
+    assert min(cache_lengths(model)) > 30
     assert compiled_and_used(model) and not notes()
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama", "gemma3"])
-def test_a_response_outgrows_its_cache(kind, monkeypatch):
+def cache_lengths(model) -> list[int]:
+    """Of the caches that are kept for the next call, by number of rows."""
+    caches = [cache for compiled in decoding_llm2slm._compiled[model.slm].values() for cache in compiled.idle_caches]
+    return [getattr(cache, "self_attention_cache", cache).layers[0].max_cache_len for cache in caches]
+
+
+def test_a_response_outgrows_the_cache_of_sliding_windows(monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
-    model = build_model("llama", kind)
+    model = build_model("llama", "gemma3")
     plain, fast = both(model, padded(build_prompts((5, 9))), do_sample=False, max_new_tokens=40, eos_token_id=None)
     assert torch.equal(plain, fast)
-    (compiled,) = decoding_llm2slm._compiled[model.slm].values()
-    (cache,) = compiled.idle_caches
-    assert getattr(cache, "self_attention_cache", cache).layers[0].max_cache_len > 40
+    (length,) = cache_lengths(model)
+    assert length > 40
     assert compiled_and_used(model)
 
 

@@ -14,19 +14,20 @@ import llm2slm
 PROMPTS = ["w1 w2 w3", "w4 w5 w6 w7"]
 
 PUSH = """
-import json, sys
+import json
 import torch
 from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer, jitter
-from huggingface_hub import create_branch, create_tag
+from huggingface_hub import ModelCard, create_branch, create_tag, list_repo_files
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 
-slm_kind = sys.argv[1]
 build_llm("llama").push_to_hub("tester/llm")
-model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained("tester/llm", build_slm(slm_kind), llm_layer=[0, 1])
+build = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
+model = build("tester/llm", build_slm("llama"), llm_layer=[0, 1])
+with_t5 = build("tester/llm", build_slm("t5"), llm_layer=[0, 1])
 build_llm("llama", seed=9).push_to_hub("tester/llm")  # the LLM's repository goes on: the checkpoint stays pinned
 tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
 
-def answers():
+def answers(model):
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     return model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
 
@@ -38,15 +39,19 @@ for revision in ("main", "dev"):
         create_branch("tester/pair", branch=revision)
     commit = model.push_to_hub("tester/pair", revision=revision)
     tokenizer.push_to_hub("tester/pair", revision=revision)
-    expected[revision] = answers()
+    expected[revision] = answers(model)
     if revision == "main":
         create_tag("tester/pair", tag="v1")
         expected["v1"] = expected[commit.oid] = expected["main"]
         commits = [commit.oid]
-model.push_to_hub("tester/whole", include_llm=True)
-tokenizer.push_to_hub("tester/whole")
-expected["whole"] = answers()
-print(json.dumps({"expected": expected, "llm_revision": model.config.llm_revision, "commits": commits}))
+for name, pair, options in (("whole", model, {"include_llm": True}), ("t5", with_t5, {})):
+    jitter(pair.projector)
+    pair.push_to_hub(f"tester/{name}", **options)
+    tokenizer.push_to_hub(f"tester/{name}")
+    expected[name] = answers(pair)
+card = ModelCard.load("tester/t5")
+found = {"files": sorted(list_repo_files("tester/t5")), "data": card.data.to_dict(), "text": card.text}
+print(json.dumps({"expected": expected, "llm_revision": model.config.llm_revision, "commits": commits, **found}))
 """
 
 LOAD = """
@@ -92,35 +97,33 @@ def run(hub, home, code, *arguments, python=sys.executable, cwd=None) -> dict:
 PYTHONS = [sys.executable, *filter(None, [os.environ.get("LLM2SLM_OTHER_PYTHON")])]
 
 
-@pytest.mark.parametrize(("lfs", "slm"), [(True, "llama"), (False, "t5")])
-def test_pushed_checkpoint_generates_the_same_in_a_fresh_process_without_the_package(tmp_path, lfs, slm):
-    with HubServer(tmp_path / "hub", lfs=lfs) as hub:
-        pushed = run(hub, tmp_path / "push", PUSH, slm)
-        assert any("info/lfs" in request.path for request in hub.requests) == lfs
-        expected, (commit,), llm_revision = pushed["expected"], pushed["commits"], pushed["llm_revision"]
-        wanted = [("tester/pair", revision, revision) for revision in ("main", "dev", "v1")]
-        # The model's commit is older than the tokenizer's, which was pushed after it.
-        wanted += [("tester/pair", commit, "main"), ("tester/whole", "main", "main")]
-        for number, python in enumerate(PYTHONS):
-            loaded = run(hub, tmp_path / f"load-{number}", LOAD, json.dumps(wanted), python=python, cwd=tmp_path)
-            for repository, revision, _ in wanted:
-                key = "whole" if repository == "tester/whole" else revision
-                assert loaded[f"{repository}@{revision}"] == [expected[key], llm_revision]
-        assert expected["main"] != expected["dev"]
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """What one process pushed: pairs with an SLM of each kind, one of them in several revisions and whole."""
+    folder = tmp_path_factory.mktemp("pushed")
+    with HubServer(folder / "hub") as hub:
+        yield hub, run(hub, folder / "push", PUSH)
 
 
-FILES = """
-import json
-from huggingface_hub import ModelCard, list_repo_files
-card = ModelCard.load("tester/pair")
-print(json.dumps({"files": sorted(list_repo_files("tester/pair")), "data": card.data.to_dict(), "text": card.text}))
-"""
+@pytest.mark.xdist_group("hub")  # each worker would push anew
+@pytest.mark.parametrize("python", PYTHONS, ids=["this version", "the other version"][: len(PYTHONS)])
+def test_pushed_checkpoint_generates_the_same_in_a_fresh_process_without_the_package(python, pushed, tmp_path):
+    hub, found = pushed
+    expected, (commit,), llm_revision = found["expected"], found["commits"], found["llm_revision"]
+    assert any("info/lfs" in request.path for request in hub.requests)
+    wanted = [("tester/pair", revision, revision) for revision in ("main", "dev", "v1")]
+    # The model's commit is older than the tokenizer's, which was pushed after it.
+    wanted += [("tester/pair", commit, "main"), ("tester/t5", "main", "main"), ("tester/whole", "main", "main")]
+    loaded = run(hub, tmp_path / "load", LOAD, json.dumps(wanted), python=python, cwd=tmp_path)
+    for repository, revision, _ in wanted:
+        key = revision if repository == "tester/pair" else repository.removeprefix("tester/")
+        assert loaded[f"{repository}@{revision}"] == [expected[key], llm_revision]
+    assert expected["main"] != expected["dev"]
 
 
-def test_a_pushed_repository_is_complete(tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        run(hub, tmp_path / "push", PUSH, "t5")
-        found = run(hub, tmp_path / "push", FILES)
+@pytest.mark.xdist_group("hub")
+def test_a_pushed_repository_is_complete(pushed):
+    _, found = pushed
     assert {
         "README.md",
         "config.json",
@@ -159,8 +162,9 @@ print(json.dumps(files))
 
 
 def test_a_repository_holds_the_weights_of_the_last_push_alone(tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
+    with HubServer(tmp_path / "hub", lfs=False) as hub:
         shards, one, shards_again, saved = run(hub, tmp_path / "push", PUSH_FORMS, cwd=tmp_path)
+        assert not any("info/lfs" in request.path for request in hub.requests)
     others = {".gitattributes", "README.md", "config.json", "generation_config.json"}
     assert set(one) == others | {"model.safetensors", "notes.txt"} == set(saved)
     assert set(shards_again) == set(shards) | {"notes.txt"}

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from difflib import SequenceMatcher
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import run_fresh
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
@@ -40,16 +39,34 @@ def test_they_are_slim_and_in_bfloat16(checkpoint):
         assert not any(name.startswith("llm.") for name in weights.keys())  # noqa: SIM118
 
 
-def test_a_card_says_where_its_llm_is_and_its_lines_run_as_printed(checkpoint, tmp_path):
-    package = json.loads((checkpoint / "config.json").read_text())["llm_name_or_path"].removeprefix("package:")
+def llm_package(checkpoint: Path) -> str:
+    return json.loads((checkpoint / "config.json").read_text())["llm_name_or_path"].removeprefix("package:")
+
+
+def python_of(checkpoint: Path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (checkpoint / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return code
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What the lines of each card print, and their error: all in one fresh process, which imports once."""
+    codes = {folder.name: python_of(folder) for folder in CHECKPOINTS if find_spec(llm_package(folder))}
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    return run_fresh(codes, "import quick_gguf", cwd=ROOT, env=environment)
+
+
+@pytest.mark.xdist_group("model_cards")  # each worker would run them anew
+def test_a_card_says_where_its_llm_is_and_its_lines_run_as_printed(checkpoint, printed):
+    package = llm_package(checkpoint)
     if find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
     card = (checkpoint / "README.md").read_text(encoding="utf-8")
     assert f"`{package}`" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    text, _, error = printed[checkpoint.name]
+    assert error is None, error
     quoted = re.search(r"In the evaluation it wrote:\n\n> (.*)", card)[1]
     # Another machine's roundings may turn a word, not the sentence.
-    assert SequenceMatcher(None, run.stdout.split(), quoted.split()).ratio() > 0.7, run.stdout
+    assert SequenceMatcher(None, text.split(), quoted.split()).ratio() > 0.7, text

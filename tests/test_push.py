@@ -32,16 +32,19 @@ LEFT_OUT = (
     "checkpoint-4/optimizer.pt",
     "start/model.safetensors",
 )
-PUSH_LLM = """
-import sys
-from huggingface_hub import HfApi
-HfApi().create_repo("tester/llm")
-HfApi().upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
-"""
-INSPECT = """
-import json
+# One process pushes the LLM, if it is told where that is, runs the command, and says what is on the Hub then.
+PUSH = """
+import json, sys
 from huggingface_hub import HfApi, hf_hub_download
-api, found = HfApi(), {}
+from llm2slm.cli.main import main
+llm, *options = sys.argv[1:]
+api = HfApi()
+if llm:
+    api.create_repo("tester/llm")
+    api.upload_folder(repo_id="tester/llm", folder_path=llm)
+found, code = {}, main(["push", "--repo-id", "tester/pair", *options])
+if code is not None:
+    sys.exit(code)
 for branch in ("main", "dev"):
     if branch in [ref.name for ref in api.list_repo_refs("tester/pair").branches]:
         commits = api.list_repo_commits("tester/pair", revision=branch)
@@ -51,9 +54,11 @@ config = hf_hub_download("tester/pair", "config.json", revision=branch if branch
 print(json.dumps({**found, "private": api.repo_info("tester/pair").private, "config": open(config).read()}))
 """
 LOAD = """
+import sys
 from transformers import pipeline
-generate = pipeline("text2text-generation", model="tester/pair", trust_remote_code=True)
-print(generate("w1 w2 w3", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+for name in sys.argv[1:]:
+    generate = pipeline("text2text-generation", model=name, trust_remote_code=True)
+    print(generate("w1 w2 w3", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 """
 
 
@@ -79,14 +84,12 @@ def run(hub, home, *arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
 
 
-def push(hub, home, *options, **environment) -> subprocess.CompletedProcess:
-    return run(hub, home, "-m", "llm2slm.cli", "push", "--repo-id", "tester/pair", *options, **environment)
-
-
-def inspect(hub, home) -> dict:
-    result = run(hub, home, "-c", INSPECT)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+def push(hub, home, *options, llm="") -> tuple[str, dict]:
+    """What the command prints, and what is on the Hub behind it."""
+    pushed = run(hub, home, "-c", PUSH, llm, *options)
+    assert pushed.returncode == 0, pushed.stderr[-2000:]
+    printed, _, found = pushed.stdout.rstrip("\n").rpartition("\n")
+    return printed, json.loads(found)
 
 
 def test_alternatives_of_the_llm_that_only_this_machine_has_are_not_pushed(folder, tmp_path):
@@ -100,24 +103,22 @@ def test_alternatives_of_the_llm_that_only_this_machine_has_are_not_pushed(folde
 
 def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        assert run(hub, tmp_path / "home", "-c", PUSH_LLM, folder.parent / "llm").returncode == 0
-        pushed = push(hub, tmp_path / "home", "--run", folder, "--llm-name", "tester/llm")
-        assert pushed.returncode == 0, pushed.stderr
-        found = inspect(hub, tmp_path / "home")
+        options = ["--run", folder, "--llm-name", "tester/llm"]
+        printed, found = push(hub, tmp_path / "home", *options, llm=folder.parent / "llm")
         files = set(found["main"]["files"]) - {".gitattributes"}
         expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert files == expected - set(LEFT_OUT)
         assert {"README.md", "loss.png", "model.safetensors", "llm_tokenizer/tokenizer.json"} <= files
         (title, commit), *others = found["main"]["commits"]
-        assert title == "Upload model" and commit in pushed.stdout
+        assert title == "Upload model" and commit in printed
         assert [title.lower() for title, _ in others] == ["initial commit"]  # the Hub's own, of a new repository
         assert json.loads(found["config"])["llm_name_or_path"] == "tester/llm"
         assert str(tmp_path) not in found["config"]
 
-        loaded = run(hub, tmp_path / "fresh", "-c", LOAD)
-        assert loaded.returncode == 0, loaded.stderr[-2000:]
-        here = run(hub, tmp_path / "here", "-c", LOAD.replace("tester/pair", str(folder)))
-    assert loaded.stdout == here.stdout != ""
+        loaded = run(hub, tmp_path / "fresh", "-c", LOAD, "tester/pair", folder)
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    from_the_hub, here = loaded.stdout.splitlines()
+    assert from_the_hub == here != ""
 
 
 def test_a_csv_file_of_ones_own_becomes_a_model_on_the_hub(tmp_path, capsys):
@@ -147,19 +148,15 @@ def test_a_csv_file_of_ones_own_becomes_a_model_on_the_hub(tmp_path, capsys):
     assert cli.main(train + shlex.split(formats)) is None  # finished: what comes next is said again
     assert shlex.join(commands[0]) in capsys.readouterr().out
     with HubServer(tmp_path / "hub") as hub:
-        run(hub, tmp_path / "me", "-c", PUSH_LLM, tmp_path / "llm")
-        pushed = push(hub, tmp_path / "me", "--run", run_folder, "--llm-name", "tester/llm")
-        assert pushed.returncode == 0, pushed.stderr[-2000:]
-        answered = run(hub, tmp_path / "user", "-c", LOAD)
+        push(hub, tmp_path / "me", "--run", run_folder, "--llm-name", "tester/llm", llm=tmp_path / "llm")
+        answered = run(hub, tmp_path / "user", "-c", LOAD, "tester/pair")
     assert answered.returncode == 0, answered.stderr[-2000:]
 
 
 def test_a_private_repository_and_a_branch(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         options = ["--run", folder, "--llm-name", "tester/llm", "--private"]
-        pushed = push(hub, tmp_path / "home", *options, "--revision", "dev", "--message", "Second try")
-        assert pushed.returncode == 0, pushed.stderr
-        found = inspect(hub, tmp_path / "home")
+        _, found = push(hub, tmp_path / "home", *options, "--revision", "dev", "--message", "Second try")
     assert found["private"] is True
     assert "config.json" in found["dev"]["files"] and "config.json" not in found["main"]["files"]
     assert found["dev"]["commits"][0][0] == "Second try"
@@ -167,8 +164,8 @@ def test_a_private_repository_and_a_branch(folder, tmp_path):
 
 def test_a_refusal_of_the_hub_is_one_line(folder, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        options = ["--run", folder, "--llm-name", "tester/llm"]
-        pushed = push(hub, tmp_path / "home", *options, HF_TOKEN="wrong")
+        options = ["--repo-id", "tester/pair", "--run", folder, "--llm-name", "tester/llm"]
+        pushed = run(hub, tmp_path / "home", "-m", "llm2slm.cli", "push", *options, HF_TOKEN="wrong")
     assert pushed.returncode == 2 and "Traceback" not in pushed.stderr
     assert pushed.stderr.splitlines()[-1].startswith("llm2slm push: error: ")
 

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from importlib import metadata
 
 import pytest
+import quick_gguf  # noqa: F401
 import torch
 import transformers
 from conftest import build_slm, build_slm_tokenizer

@@ -28,6 +28,7 @@ from llm2slm.data.pairs import load_pairs
 from llm2slm.training.options import TrainOptions
 from llm2slm.training.trainer import TrainerOptions
 
+pytestmark = pytest.mark.xdist_group("recipes")  # each worker would make the models and data sets anew
 FOLDER = Path(__file__).parents[1] / "training" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 # Which tiny models stand in for those on the Hub, and with what else the recipe is documented.

@@ -239,17 +239,21 @@ def test_an_llm_whose_weights_are_cut_off_is_refused(checkpoint, llm_folder):
         load(checkpoint)
 
 
-@pytest.mark.parametrize("kind", SEVERAL_LLMS)
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_llm_is_recognised_whatever_dtype_it_is_stored_and_loaded_in(kind, stored, tmp_path):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS_AND_DTYPES = [  # each pair of the three
+    (kind, stored, DTYPES[(i + j) % 3]) for i, kind in enumerate(SEVERAL_LLMS) for j, stored in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("kind", "stored", "dtype"), KINDS_AND_DTYPES, ids=str)
+def test_the_llm_is_recognised_whatever_dtype_it_is_stored_and_loaded_in(kind, stored, dtype, tmp_path):
     build_llm(kind).to(stored).save_pretrained(tmp_path / "llm")
     model = build_model(tmp_path / "llm", "llama", llm_kwargs={"dtype": torch.float32})
     model.save_pretrained(tmp_path / "checkpoint")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        loaded = load(tmp_path / "checkpoint", dtype=dtype)
-        assert {parameter.dtype for parameter in loaded.slm.parameters()} == {dtype}
-        # T5 keeps some of its layers in float32 when it is loaded in float16.
-        assert dtype in {parameter.dtype for parameter in loaded.llm.parameters()} <= {dtype, torch.float32}
+    loaded = load(tmp_path / "checkpoint", dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.slm.parameters()} == {dtype}
+    # T5 keeps some of its layers in float32 when it is loaded in float16.
+    assert dtype in {parameter.dtype for parameter in loaded.llm.parameters()} <= {dtype, torch.float32}
 
 
 def test_a_model_made_from_a_half_precision_llm_recognises_the_full_one(llm_folder, tmp_path):
