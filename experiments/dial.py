@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, load_pairs
 from llm2slm.evaluation.metrics import compute_statistics, interval
-from llm2slm.loading_llm2slm import load_slm
+from llm2slm.loading_llm2slm import load_slm, load_tokenizer
 from llm2slm.utils import machine, versions
 
 COUNTS = ("llm_calls", "draft_tokens", "accepted_tokens", "unasked_tokens")
@@ -75,7 +75,7 @@ def write_responses(arguments: argparse.Namespace, settings: dict, prompts: list
     rows = [json.loads(line) for line in kept]
     if len(rows) == len(prompts):
         return rows
-    ways, tokenizer = load_ways(arguments)
+    ways, tokenizer, llm_tokenizer = load_ways(arguments)
     names = list(ways)
     for number in tqdm(range(len(rows), len(prompts)), initial=len(rows), total=len(prompts)):
         inputs = tokenizer(prompts[number], return_tensors="pt")
@@ -88,7 +88,7 @@ def write_responses(arguments: argparse.Namespace, settings: dict, prompts: list
             start = time.perf_counter()
             ids, counts = ways[name](inputs)
             seconds = time.perf_counter() - start
-            response = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
+            response = llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
             row[name] = {"response": response, "tokens": len(ids), "seconds": seconds, **counts}
         rows.append(row)
         with path.open("a") as file:
@@ -97,16 +97,18 @@ def write_responses(arguments: argparse.Namespace, settings: dict, prompts: list
 
 
 def load_ways(arguments: argparse.Namespace):
-    """By name, functions that write a response of a prompt: its ids, and counts. And the tokenizer."""
+    """
+    By name, functions that write a response of a prompt: its ids, and counts. And the tokenizers of the prompts and of
+    the responses; the pair's own for the LLM may be trimmed.
+    """
     tokenizer = LLM2SLMTokenizer.from_pretrained(arguments.model)
     tuned = arguments.llm is not None or arguments.adapter is not None
     # A pair reads the states of its own LLM; that it has two need not be paid for where they are one.
     model = LLM2SLMForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype, load_llm=tuned)
     source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    if arguments.llm is None:
-        llm = load_slm(model.config.llm_name_or_path, dtype=arguments.dtype, **source).eval()
-    else:
-        llm = load_slm(arguments.llm, dtype=arguments.dtype).eval()
+    if arguments.llm is not None:
+        source = {"revision": None, "gguf_file": None}
+    llm = load_slm(arguments.llm or model.config.llm_name_or_path, dtype=arguments.dtype, **source).eval()
     if arguments.adapter is not None:
         from peft import PeftModel
 
@@ -128,7 +130,9 @@ def load_ways(arguments: argparse.Namespace):
 
         return write
 
-    return {"llm": alone, **{f"{tolerance:g}": together(tolerance) for tolerance in arguments.tolerances}}, tokenizer
+    ways = {"llm": alone, **{f"{tolerance:g}": together(tolerance) for tolerance in arguments.tolerances}}
+    llm_tokenizer = load_tokenizer(arguments.llm or model.config.llm_name_or_path, gguf_file=source["gguf_file"])
+    return ways, tokenizer, llm_tokenizer
 
 
 def summarize(rows: list[dict], references: list[str], metrics: list[str]) -> dict[str, dict]:
