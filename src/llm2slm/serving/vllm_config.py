@@ -9,6 +9,7 @@ from ..loading_llm2slm import max_positions
 ARCHITECTURE = "LLM2SLMForConditionalGeneration"
 TOKENIZER_MODE = "llm2slm"  # vLLM's name for the pair of a tokenizer and a renderer
 PROMPT_FOLDER = "LLM2SLMPromptFolder"  # the name of what joins two servers (vllm_connector.py)
+SEEDS_REFUSED = "seeds_are_refused"  # on the configuration of a server for which one is no good
 PROMPT = "prompt"  # vLLM's name for the one kind of item that is encoded
 SPECULATION = ("ngram",)  # drafts from the text itself; other methods load a model that cannot read the encoded prompt
 
@@ -97,6 +98,10 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
                 f"A prompt that was never encoded would end this server: its connector is {PROMPT_FOLDER!r} instead, "
                 "with the same settings."
             )
+        # vLLM 0.32 on a CPU ends at a seed whose prompt it reads in parts: it takes back a random number, which it can
+        # on a GPU only.
+        in_parts = current_platform.is_cpu() and vllm_config.scheduler_config.enable_chunked_prefill
+        setattr(vllm_config.model_config.hf_config, SEEDS_REFUSED, in_parts)
 
 
 def writes_only(vllm_config) -> bool:

@@ -12,7 +12,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from .vllm_config import ARCHITECTURE, PROMPT, PROMPT_FOLDER, max_prompt_length, placeholder_id, writes_only
+from .vllm_config import (
+    ARCHITECTURE,
+    PROMPT,
+    PROMPT_FOLDER,
+    SEEDS_REFUSED,
+    max_prompt_length,
+    placeholder_id,
+    writes_only,
+)
 
 # How the text of a chat is tokenized: a key of the prompt, until it is.
 CHAT = "llm2slm_chat"
@@ -150,8 +158,9 @@ class LLM2SLMRenderer(HfRenderer):
 
 def refuse_unserved_parameters() -> None:
     """
-    Makes vLLM refuse requests for prompt logprobs of a pair: the prompt's tokens are the LLM's, and what the SLM would
-    score are their placeholders. vLLM has no hook for a model's own checks of a request's parameters.
+    Makes vLLM refuse two things asked of a pair: prompt logprobs, since the prompt's tokens are the LLM's and the SLM
+    would score their placeholders; and, on a CPU that reads prompts in parts, seeds, which could end the engine. vLLM
+    has no hook for a model's own checks of a request's parameters.
     """
     verify = SamplingParams.verify
 
@@ -162,6 +171,13 @@ def refuse_unserved_parameters() -> None:
                 "The SLM does not score the prompt, which the LLM reads: leave out `prompt_logprobs`, and `echo` with "
                 "`logprobs`.",
                 parameter="prompt_logprobs",
+            )
+        refused = getattr(model_config.hf_config, SEEDS_REFUSED, False)
+        if refused and self.seed is not None and self.temperature > 0:
+            raise VLLMValidationError(
+                "On a CPU a seed needs prompts that are read in one piece: start the server with "
+                "`--no-enable-chunked-prefill`.",
+                parameter="seed",
             )
         return verify(self, model_config, *args, **kwargs)
 
