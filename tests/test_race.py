@@ -23,7 +23,7 @@ from conftest import (
 )
 from hub_server import HubServer
 from peft import LoraConfig, get_peft_model
-from test_push import CARD, PUSH_LLM, run
+from test_push import CARD, run
 from transformers import AutoModelForCausalLM
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, decoding_llm2slm
@@ -33,6 +33,13 @@ from llm2slm.serving import race as races
 from llm2slm.serving.checkpoint_card import Figure, read_card
 from llm2slm.serving.race import MAX_CHARACTERS, load_race
 from llm2slm.sharing import space
+
+PUSH_LLM = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/llm")
+HfApi().upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
+"""
 
 PROMPT, LENGTH = "w1 w2 w3 w4 w5", 12
 METADATA = """---
