@@ -273,8 +273,7 @@ class CompiledStep:
 
     def write(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits behind `tokens` of shape `(batch_size, 1)`."""
-        if self.length == self.capacity:
-            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
+        self._make_room()
         self.inputs[f"{self.prefix}input_ids"] = tokens.contiguous()  # the compiled step takes no other strides
         logits = self._run()
         self._move(1)
@@ -282,8 +281,7 @@ class CompiledStep:
 
     def write_embeds(self, embeds: torch.Tensor) -> torch.Tensor:
         """Logits behind a token that has no id, only its embedding of shape `(batch_size, 1, hidden_size)`."""
-        if self.length == self.capacity:
-            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
+        self._make_room()
         inputs = {name: value for name, value in self.inputs.items() if name != "input_ids"}
         logits = _logits(self.slm, {**inputs, "inputs_embeds": embeds})
         self._move(1)
@@ -293,6 +291,10 @@ class CompiledStep:
         """Forgets the last tokens written."""
         self._move(-number)
         self._forget_step()
+
+    def _make_room(self):
+        if self.length == self.capacity:
+            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
 
     def _move(self, number):
         self.length += number
