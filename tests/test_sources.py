@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from llm2slm.cli import main as cli
 from llm2slm.training.options import TrainOptions
-from llm2slm.training.sources import WeighingCollator, scale_weights
+from llm2slm.training.sources import WeighingCollator, add_sources, scale_weights
 
 GOLD = [{"prompt": f"gold {i % 5} {'abc'[i % 3]}", "completion": "abcdefgh"[: 2 + i]} for i in range(6)]
 LABELLED = [{"prompt": f"more {i}", "completion": "hgfedcba"[: 1 + i]} for i in range(4)]
@@ -85,6 +85,18 @@ def test_prompts_that_are_evaluated_on_are_left_out(train, files, tmp_path, caps
     report = train("run", **splits, more_data=[more])
     assert "1 of 5 prompts are evaluated on, and are left out" in capsys.readouterr().out
     assert list(report["data"]["more"].values()) == [4] and report["data"]["train_pairs"] == 8
+
+
+def test_a_test_split_that_cannot_be_read_stops_the_training(tmp_path):
+    rows = Dataset.from_list(GOLD)
+    DatasetDict({"train": rows, "test": rows.rename_column("prompt", "other")}).save_to_disk(tmp_path / "data")
+    more = write(tmp_path / "more.jsonl", LABELLED)
+    options = TrainOptions(data=str(tmp_path / "data"), llm="llm", slm="slm", more_data=[more])
+    with pytest.raises(ValueError, match=r"split 'test'.*prompt"):
+        add_sources(options, rows, None, lambda pairs, *_: pairs)
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "without")
+    options = TrainOptions(data=str(tmp_path / "without"), llm="llm", slm="slm", more_data=[more])
+    assert len(add_sources(options, rows, None, lambda pairs, *_: pairs)[0]) == len(GOLD) + len(LABELLED)
 
 
 def test_a_teacher_reads_both_sources(train, files):

@@ -23,6 +23,10 @@ NAMES = {
 }
 
 
+class MissingSplitError(ValueError):
+    """A data set has no such split, or nothing in it."""
+
+
 def load_pairs(
     source: str | os.PathLike,
     split: str,
@@ -73,7 +77,7 @@ def load_rows(
         return _spaced(rows.select(_part(source, rows, split, prompt_format)), max_examples)
     dataset = _load_split(os.fspath(source), split)
     if len(dataset) == 0:
-        raise ValueError(f"The split {split!r} of {str(source)!r} has no rows.")
+        raise MissingSplitError(f"The split {split!r} of {str(source)!r} has no rows.")
     return _spaced(dataset, max_examples)
 
 
@@ -116,7 +120,7 @@ def describe_parts(source: str | os.PathLike, sizes: dict[str, int]) -> str:
 def _part(source: str | os.PathLike, rows: Dataset, split: str, prompt_format: str | None) -> list[int]:
     part = _parts(rows, prompt_format)[split]
     if not part:
-        raise ValueError(
+        raise MissingSplitError(
             f"{str(source)!r} has too few different prompts ({len(rows)} rows) for a part {split!r}: the split 'all' "
             "is all of them, and --validation-split none trains without evaluation."
         )
@@ -254,7 +258,7 @@ def _load_split(source: str, split: str) -> Dataset:
             raise FileNotFoundError(f"The folder {source!r} is not one that `save_to_disk` wrote.") from error
         splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
         if split not in splits:
-            raise ValueError(f"{source!r} has no split {split!r}, only {list(splits)}.")
+            raise MissingSplitError(f"{source!r} has no split {split!r}, only {list(splits)}.")
         return splits[split]
     suffix = Path(source).suffix.lower()
     options: dict[str, Any] = {}
@@ -268,7 +272,7 @@ def _load_split(source: str, split: str) -> Dataset:
                 for line in file:
                     decode_text(line, source)
         if split != "all" and "[" not in split:
-            raise ValueError(f"{source!r} has no split {split!r}: a file has {', '.join(PARTS)} and all.")
+            raise MissingSplitError(f"{source!r} has no split {split!r}: a file has {', '.join(PARTS)} and all.")
         name, configuration, files = FILE_TYPES[suffix], None, {"train": source}
         if suffix == ".csv":  # cells are texts, also "007", "NA" and an empty one
             with open(source, encoding="utf-8-sig", newline="") as file:
@@ -283,7 +287,8 @@ def _load_split(source: str, split: str) -> Dataset:
     except (DatasetNotFoundError, ConnectionError) as error:
         raise OSError(f"There is no folder and no data set on the Hub of the name {source!r}: {error}") from error
     except ValueError as error:  # of the split or the configuration; it does not say of which data set
-        raise ValueError(f"{source!r}, split {split!r}: {error}") from error
+        kind = MissingSplitError if "Unknown split" in str(error) else ValueError
+        raise kind(f"{source!r}, split {split!r}: {error}") from error
 
 
 def _columns_of(name: str, text_format: str) -> list[str]:

@@ -7,6 +7,7 @@ Choices made here:
   their mean over the tokens of all sources, so that the learning rate means the same with them.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..data.pairs import load_pairs
+from ..data.pairs import MissingSplitError, load_pairs, load_rows, make_texts
 from .options import TrainOptions
 
 WEIGHT = "token_weight"  # the column: what each token of a pair's response counts
@@ -60,10 +61,10 @@ def add_sources(
         ValueError: if one has chats where another has texts, or no pair that is not evaluated on.
     """
     held_out = _prompts(validation) if validation is not None else set()
-    try:
-        held_out |= _prompts(load_pairs(options.data, TEST, options.prompt_format, options.completion_format))
-    except (OSError, ValueError):  # it has no test split
-        pass
+    with contextlib.suppress(MissingSplitError):
+        rows = load_rows(options.data, TEST, prompt_format=options.prompt_format)
+        where = f"{options.data!r}, split {TEST!r}"
+        held_out |= _prompts(make_texts(rows, {"prompt": options.prompt_format}, where))
     sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
     for name in options.more_data:
         split = "all" if os.path.isfile(name) else "train"
