@@ -34,6 +34,11 @@ def main():
     parser.add_argument("--examples", type=int, default=200, help="prompts, evenly spaced (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="(default: %(default)s)")
+    parser.add_argument("--draft-dtype", help="of the pair (default: as the LLM's)")
+    parser.add_argument(
+        "--draft-confidences", type=float, nargs="+", default=[], help="also with these, beside what the costs say"
+    )
+    parser.add_argument("--max-draft-tokens", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
 
@@ -45,6 +50,8 @@ def main():
         "prompt_format": arguments.prompt_format,
         "llm": arguments.llm,
         "adapter": arguments.adapter,
+        "draft_dtype": arguments.draft_dtype,
+        "max_draft_tokens": arguments.max_draft_tokens,
         "dtypes": {name: compare(arguments, name, tokenizer, prompts) for name in arguments.dtypes},
         "machine": machine(),
         "versions": versions(),
@@ -54,7 +61,9 @@ def main():
 
 def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[str]) -> dict:
     """Both ways on each prompt; figures of all prompts, and of each."""
-    model = LLM2SLMForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype, load_llm=False)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(
+        arguments.model, dtype=arguments.draft_dtype or dtype, load_llm=False
+    )
     name, source = arguments.llm, {}
     if name is None:
         name = model.config.llm_name_or_path
@@ -64,44 +73,55 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
         llm = PeftModel.from_pretrained(llm, arguments.adapter).merge_and_unload().eval()
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
+    drafting = {"lossless": {}, "fast": {"fast": True}}
+    for confidence in arguments.draft_confidences:
+        drafting[f"fast, {confidence:g}"] = {"fast": True, "draft_confidence": confidence}
+    names = ["llm", *drafting]
+
+    def write(name: str, inputs):
+        if name == "llm":
+            return llm.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+        return model.generate_lossless(
+            **inputs, llm=llm, max_draft_tokens=arguments.max_draft_tokens, **drafting[name], **settings
+        )
+
     rows = []
     for number, prompt in enumerate(tqdm(prompts, desc=dtype)):
         inputs = tokenizer(prompt, apply_prompt_format=False, return_tensors="pt")
-        ways = {
-            "llm": lambda inputs=inputs: llm.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :],
-            "lossless": lambda inputs=inputs: model.generate_lossless(**inputs, llm=llm, **settings),
-            "fast": lambda inputs=inputs: model.generate_lossless(**inputs, llm=llm, fast=True, **settings),
-        }
         if number == 0:
-            [way() for way in ways.values()]  # warm-up, and what has to be compiled
-        results, seconds = {}, {}
-        names = list(ways)
-        for name in names[number % 3 :] + names[: number % 3]:
+            [write(name, inputs) for name in names]  # warm-up, and what has to be compiled
+        results, seconds, turn = {}, {}, number % len(names)
+        for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            results[name] = ways[name]()
+            results[name] = write(name, inputs)
             seconds[name] = time.perf_counter() - start
-        output = results["lossless"]
-        rows.append(
-            {
-                "identical": {name: torch.equal(results["llm"], results[name].sequences[0]) for name in names[1:]},
-                "tokens": output.sequences.shape[1],
-                "seconds": seconds,
-                **{name: output[name] for name in ("llm_calls", "draft_tokens", "accepted_tokens")},
+        row = {"tokens": len(results["llm"]), "llm_seconds": seconds["llm"]}
+        for name in drafting:
+            output = results[name]
+            counts = {count: output[count] for count in ("llm_calls", "draft_tokens", "accepted_tokens")}
+            row[name] = {
+                "identical": torch.equal(results["llm"], output.sequences[0]),
+                "seconds": seconds[name],
+                **counts,
             }
-        )
-    total = {name: sum(row["seconds"][name] for row in rows) for name in names}
-    summary = {
-        "identical": {name: sum(row["identical"][name] for row in rows) for name in names[1:]},
-        "acceptance_rate": sum(row["accepted_tokens"] for row in rows) / sum(row["draft_tokens"] for row in rows),
-        "tokens_per_llm_call": sum(row["tokens"] for row in rows) / sum(row["llm_calls"] for row in rows),
-        "seconds": total,
-        "speed_up": {name: total["llm"] / total[name] for name in names[1:]},
-        "median_speed_up": {
-            name: statistics.median(row["seconds"]["llm"] / row["seconds"][name] for row in rows) for name in names[1:]
-        },
-    }
+        rows.append(row)
+    summary = {name: summarize(rows, name) for name in drafting}
     print(dtype, json.dumps(summary))
     return {**summary, "prompts": rows}
+
+
+def summarize(rows: list[dict], name: str) -> dict:
+    """One way of drafting, over all prompts."""
+    total = {count: sum(row[name][count] for row in rows) for count in rows[0][name]}
+    llm_seconds = sum(row["llm_seconds"] for row in rows)
+    return {
+        **total,
+        "acceptance_rate": total["accepted_tokens"] / total["draft_tokens"],
+        "tokens_per_llm_call": sum(row["tokens"] for row in rows) / total["llm_calls"],
+        "llm_seconds": llm_seconds,
+        "speed_up": llm_seconds / total["seconds"],
+        "median_speed_up": statistics.median(row["llm_seconds"] / row[name]["seconds"] for row in rows),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Lossless mode: the LLM's own greedy response, token for token, from fewer runs of the LLM."""
 
 import copy
+import functools
+import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -373,6 +376,41 @@ def test_an_unsure_drafter_asks_the_llm_sooner(llm, noisy, spied_drafts):
         assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
         longest[confidence] = max(len(draft) for _, draft in spied_drafts)
     assert longest[1] == 1 < longest[0.15] < longest[0]
+
+
+def test_drafts_go_on_for_as_long_as_their_cost_is_worth_it():
+    costs = drafter_llm2slm._Costs()
+    assert costs.confidence(now=100.0, length=1) == costs.AT_FIRST
+    costs.add(tokens=4, seconds=50.0)  # with the prompt's run, which is left out
+    assert costs.confidence(now=160.0, length=4) == costs.AT_FIRST
+    costs.add(tokens=2, seconds=2.0)
+    # One second a drafted token, two a written one: 10 seconds for 5.
+    assert costs.confidence(now=170.0, length=9) == 0.5
+    costs.add(tokens=1, seconds=60.0)
+    assert costs.confidence(now=232.0, length=10) == 1
+
+
+def test_without_a_confidence_a_cheap_drafter_drafts_further(llm, noisy, monkeypatch, spied_drafts):
+    tokens = {}
+    for a_draft, between_drafts in ((0.001, 1.0), (1.0, 0.001)):
+        spied_drafts.clear()
+        clock = itertools.accumulate(itertools.cycle([between_drafts, a_draft]))
+        monkeypatch.setattr(drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock)))
+        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **VARIED)
+        assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
+        tokens[a_draft] = output.draft_tokens / len(spied_drafts)
+    assert tokens[0.001] > tokens[1.0]
+
+
+def test_what_is_sampled_with_a_seed_does_not_depend_on_the_time(llm, noisy, monkeypatch):
+    sampled = []
+    for pace in ([1.0, 0.001], [0.001, 1.0]):
+        clock = itertools.accumulate(itertools.cycle(pace))
+        monkeypatch.setattr(drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock)))
+        torch.manual_seed(0)
+        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, do_sample=True)
+        sampled.append((output.sequences.tolist(), output.draft_tokens))
+    assert sampled[0] == sampled[1]
 
 
 # ------------------------------------------------------------------------------------------------- like `llm.generate`
