@@ -176,11 +176,12 @@ def spied_drafts(monkeypatch):
 def test_padding_of_the_prompt_changes_nothing(kind, side):
     llm = endless(build_llm(kind))
     model = build_copying_drafter(llm, noise=0.05)
-    expected = model.generate_lossless(PROMPT, llm=llm, max_new_tokens=12, **VARIED)
+    drafting = {"max_new_tokens": 12, "draft_confidence": 0.1, **VARIED}  # as long, however long they take
+    expected = model.generate_lossless(PROMPT, llm=llm, **drafting)
     left, right = {"left": (4, 0), "right": (0, 4), "both": (2, 3)}[side]
     ids = torch.nn.functional.pad(PROMPT, (left, right), value=PAD)
     mask = torch.nn.functional.pad(torch.ones_like(PROMPT), (left, right))
-    output = model.generate_lossless(input_ids=ids, attention_mask=mask, llm=llm, max_new_tokens=12, **VARIED)
+    output = model.generate_lossless(input_ids=ids, attention_mask=mask, llm=llm, **drafting)
     assert output.sequences.tolist() == greedy(llm, max_new_tokens=12, **VARIED).tolist()
     assert (output.llm_calls, output.draft_tokens) == (expected.llm_calls, expected.draft_tokens)
 
@@ -395,22 +396,31 @@ def test_without_a_confidence_a_cheap_drafter_drafts_further(llm, noisy, monkeyp
     for a_draft, between_drafts in ((0.001, 1.0), (1.0, 0.001)):
         spied_drafts.clear()
         clock = itertools.accumulate(itertools.cycle([between_drafts, a_draft]))
-        monkeypatch.setattr(drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock)))
+        monkeypatch.setattr(
+            drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock))
+        )
         output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **VARIED)
         assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
         tokens[a_draft] = output.draft_tokens / len(spied_drafts)
     assert tokens[0.001] > tokens[1.0]
 
 
-def test_what_is_sampled_with_a_seed_does_not_depend_on_the_time(llm, noisy, monkeypatch):
-    sampled = []
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, {"do_sample": True}), (torch.bfloat16, VARIED)], ids=["sampled", "rounded"]
+)
+def test_a_response_that_could_depend_on_the_length_of_drafts_does_not_on_time(dtype, options, monkeypatch):
+    llm = endless(build_llm("llama")).to(dtype)
+    noisy = build_copying_drafter(llm, noise=0.1)
+    written = []
     for pace in ([1.0, 0.001], [0.001, 1.0]):
         clock = itertools.accumulate(itertools.cycle(pace))
-        monkeypatch.setattr(drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock)))
+        monkeypatch.setattr(
+            drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock))
+        )
         torch.manual_seed(0)
-        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, do_sample=True)
-        sampled.append((output.sequences.tolist(), output.draft_tokens))
-    assert sampled[0] == sampled[1]
+        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **options)
+        written.append((output.sequences.tolist(), output.draft_tokens))
+    assert written[0] == written[1]
 
 
 # ------------------------------------------------------------------------------------------------- like `llm.generate`
@@ -444,8 +454,8 @@ def test_streams_what_generate_streams(kind):
 def test_leaves_both_models_as_they_were(llm, noisy):
     before = llm.generation_config.to_dict()
     expected = llm(PROMPT).logits
-    first = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10)
-    assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10).to_tuple()[1:] == first.to_tuple()[1:]
+    first, second = (noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, draft_confidence=0.1) for _ in "ab")
+    assert second.to_tuple()[1:] == first.to_tuple()[1:]
     assert llm.generation_config.to_dict() == before
     assert torch.equal(llm(PROMPT).logits, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llm.modules())

@@ -111,8 +111,9 @@ class LosslessGenerationMixin(GenerationMixin):
             draft_confidence (`float`, *optional*):
                 The SLM drafts on while the probability it gives to the whole draft is at least this. A further token
                 is of use only if the whole draft before it is right. If omitted, that is what a drafted token takes
-                of the time of a written one, as measured in this response so far. In sampling it is 0.25: the tokens
-                drawn with a seed do not depend on the time.
+                of the time of a written one, as measured in this response so far. In sampling, and in a dtype whose
+                ties a longer run may break otherwise (any but float32), it is 0.25: a response does not depend on
+                the time.
             fast (`bool`, *optional*, defaults to `False`):
                 Drafts with a compiled step of the SLM, as `generate(..., fast=True)` does.
             kwargs:
@@ -130,7 +131,7 @@ class LosslessGenerationMixin(GenerationMixin):
                 prompt (see `encode_prompt`).
         """
         arguments = _arguments_of(generation_config, kwargs)
-        if draft_confidence is None and arguments.get("do_sample"):
+        if draft_confidence is None and (arguments.get("do_sample") or getattr(llm, "dtype", None) != torch.float32):
             draft_confidence = DRAFT_CONFIDENCE
         dial = Dial(0.0, 1.0, max_draft_tokens, draft_confidence, fast)
         prompt = {"input_ids": given_once(inputs, input_ids), "attention_mask": attention_mask}
