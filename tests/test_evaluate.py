@@ -176,6 +176,61 @@ def test_report_of_each_kind_of_model(kind, folders, data, tmp_path, capsys):
     assert f"| {kind} |" in table and f"{report['loss']:.3f}" in table
 
 
+@pytest.fixture
+def tasks(tmp_path) -> str:
+    """Pairs of two tasks, in turn, and those of the second by themselves."""
+    columns = {"prompt": PROMPTS, "completion": COMPLETIONS, "task": ["copy", "turn/it"] * 3}
+    shots = {"prompt": ["w10", "w12", "w14"], "completion": ["w11", "w13", "w15"], "task": ["copy", "turn/it", "copy"]}
+    test, train = Dataset.from_dict(columns), Dataset.from_dict(shots)
+    DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "tasks")
+    one = {"train": train.select([1]), "test": test.select([1, 3, 5])}
+    DatasetDict(one).save_to_disk(tmp_path / "one")
+    return str(tmp_path / "tasks")
+
+
+@pytest.mark.parametrize("options", [[], ["--max-examples", 2]], ids=["all", "some"])
+def test_each_value_of_a_column_gets_the_report_of_its_own_data_set(options, folders, tasks, tmp_path, capsys):
+    model = ("--model", folders["llm2slm_llama"], *options)
+    evaluate(*model, "--data", tasks, "--by", "task", "--output", tmp_path / "by.json")
+    table = capsys.readouterr().out
+    evaluate(*model, "--data", tmp_path / "one", "--output", tmp_path / "alone.json")
+    assert sorted(path.name for path in tmp_path.glob("by*.json")) == ["by-copy.json", "by-turn-it.json"]
+    (by, by_texts), (alone, alone_texts) = read(tmp_path / "by-turn-it.json"), read(tmp_path / "alone.json")
+    assert by_texts == alone_texts and len(alone_texts) == (2 if options else 3)
+    assert {name: by[name] for name in ("scores", "loss", "shuffled_states")} == {
+        name: alone[name] for name in ("scores", "loss", "shuffled_states")
+    }
+    assert by["data"]["by"] == {"task": "turn/it"} and "by" not in alone["data"]
+    assert by["data"]["fingerprint"] == alone["data"]["fingerprint"]
+    assert "| llm2slm_llama, copy |" in table and "| llm2slm_llama, turn/it |" in table
+
+    evaluate("--compare", tmp_path / "by-turn-it.json", tmp_path / "alone.json")
+    assert "| llm2slm_llama | +0.0 [+0.0, +0.0], p = 1.000 |" in capsys.readouterr().out
+
+
+def test_each_value_of_a_column_is_shown_its_own_examples(folders, tasks, tmp_path):
+    model = ("--model", folders["llm"], "--few-shot", 1)
+    evaluate(*model, "--data", tasks, "--by", "task", "--output", tmp_path / "by.json")
+    evaluate(*model, "--data", tmp_path / "one", "--output", tmp_path / "alone.json")
+    (by, by_texts), (alone, alone_texts) = read(tmp_path / "by-turn-it.json"), read(tmp_path / "alone.json")
+    assert by_texts == alone_texts and by["loss"] == alone["loss"]
+    assert by["system"] == "llm, 1-shot, turn/it"
+
+
+def test_columns_that_give_no_reports_are_refused(folders, tasks, tmp_path, capsys):
+    options = ["--model", folders["llm"], "--data", tasks, "--output", tmp_path / "report.json", "--by"]
+    assert_one_line_error(capsys, [*options, "tsk"], "no column 'tsk'", "'task'")
+    (tmp_path / "report-turn-it.json").write_text("{}")
+    assert_one_line_error(capsys, [*options, "task"], "report-turn-it.json exists")
+    alike = Dataset.from_dict({"prompt": PROMPTS[:2], "completion": COMPLETIONS[:2], "task": ["a b", "a/b"]})
+    DatasetDict({"test": alike, "train": alike.select([0])}).save_to_disk(tmp_path / "alike")
+    options[3] = tmp_path / "alike"
+    assert_one_line_error(capsys, [*options, "task"], "two values", "report-a-b.json")
+    shown = [*options, "completion", "--few-shot", 1]
+    assert_one_line_error(capsys, shown, "'train' has no pair whose completion is 'a b c'")
+    assert not list(tmp_path.glob("report*.jsonl"))
+
+
 @pytest.mark.parametrize("kind", ["llm2slm_t5", "causal"])
 def test_beams_part_of_the_data_and_some_metrics(kind, folders, data, tmp_path):
     path = tmp_path / "report.json"

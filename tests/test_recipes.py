@@ -60,6 +60,8 @@ def columns_of(name):
         return {"article": string, "highlights": string, "id": string}
     if name == "alpaca":
         return {"output": string, "input": string, "instruction": string}
+    if name == "instruct":
+        return dict.fromkeys(("prompt", "completion", "task", "phrasing"), string)
     return {"prompt": string, "completion": string, "verse" if name == "simplify" else "package": string}
 
 
@@ -159,6 +161,7 @@ def test_the_recipe_says_its_own_command(name):
         ("cnn-dailymail", "summarize: {article}", "{highlights}"),
         ("alpaca", "{instruction}\n{input}\n", "{output}"),
         ("simplify", "{prompt}\n", "{completion}"),
+        ("instruct", "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n", "{completion}"),
         ("summarize", "{prompt}\n", "{completion}"),
         ("translate-en-it", "{prompt}\n", "{completion}"),
     ],

@@ -4,6 +4,7 @@
 llm2slm evaluate --model ./checkpoint --data ./simplify --split test --output llm2slm.json
 llm2slm evaluate --model ./slm-alone --data ./simplify --output slm.json --num-beams 4
 llm2slm evaluate --model ./llm --data ./simplify --few-shot 3 --instruction "Say it simply." --output few-shot.json
+llm2slm evaluate --model ./instruct --data ./instruct-data --by task --output instruct.json
 llm2slm evaluate --compare slm.json llm2slm.json few-shot.json --output table.md
 llm2slm evaluate --show slm.json llm2slm.json --max-examples 5
 ```
@@ -44,6 +45,11 @@ class Options:
     )
     completion_format: str | None = option("likewise the response that is right", None)
     max_examples: int | None = option("this many, evenly spaced; all if omitted", None, at_least=1)
+    by: str | None = option(
+        "a report for each value of this column, in one run: --output task.json --by task gives task-VALUE.json",
+        None,
+        metavar="COLUMN",
+    )
     prompt_max_length: int | None = option(
         "cut prompts to this many tokens; as the model was trained if omitted, if its training cut them",
         None,
@@ -92,4 +98,4 @@ def run(options: Options) -> None:
         raise ValueError(f"Say --{' and --'.join(missing)}; or --compare or --show reports.")
     from ..evaluation.run import evaluate
 
-    print(score_table([evaluate(**arguments)]))
+    print(score_table(evaluate(**arguments)))

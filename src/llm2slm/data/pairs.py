@@ -64,7 +64,7 @@ def load_pairs(
         return make_texts(rows, formats, f"{str(source)!r}, split {split!r}")
     rows = load_rows(source, "all")
     pairs = make_texts(rows, formats, f"{str(source)!r}")  # before they are split: errors say the file's own rows
-    return _spaced(pairs.select(_part(source, rows, split, prompt_format)), max_examples)
+    return spaced(pairs.select(_part(source, rows, split, prompt_format)), max_examples)
 
 
 def load_rows(
@@ -74,14 +74,46 @@ def load_rows(
     if has_parts(source, split):
         rows = load_rows(source, "all")
         _check_columns(rows, {"prompt": prompt_format}, f"{str(source)!r}")
-        return _spaced(rows.select(_part(source, rows, split, prompt_format)), max_examples)
+        return spaced(rows.select(_part(source, rows, split, prompt_format)), max_examples)
     dataset = _load_split(os.fspath(source), split)
     if len(dataset) == 0:
         raise MissingSplitError(f"The split {split!r} of {str(source)!r} has no rows.")
-    return _spaced(dataset, max_examples)
+    return spaced(dataset, max_examples)
 
 
-def _spaced(rows: Dataset, number: int | None) -> Dataset:
+def load_groups(
+    source: str | os.PathLike,
+    split: str,
+    column: str,
+    prompt_format: str | None = None,
+    completion_format: str | None = None,
+    max_examples: int | None = None,
+) -> dict[str, Dataset]:
+    r"""
+    Loads one split as [`load_pairs`] does, the pairs of each value of a column by themselves.
+
+    Args:
+        column (`str`): The column.
+        max_examples (`int`, *optional*): This many pairs of each value, evenly spaced over those there are.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: by the values as text, in the order in which they first appear.
+
+    Raises:
+        ValueError: if there is no such column, besides what [`load_pairs`] raises.
+    """
+    rows = load_rows(source, split, prompt_format=prompt_format)
+    if column not in rows.column_names:
+        raise ValueError(f"{str(source)!r} has no column {column!r}, only {rows.column_names}.")
+    numbers: dict[str, list[int]] = {}
+    for number, value in enumerate(rows[column]):
+        numbers.setdefault(str(value), []).append(number)
+    dataset = load_pairs(source, split, prompt_format, completion_format)
+    return {value: spaced(dataset.select(own), max_examples) for value, own in numbers.items()}
+
+
+def spaced(rows: Dataset, number: int | None) -> Dataset:
+    """This many rows, evenly spaced; all if `number` is `None`, or there are no more."""
     if number is None or number >= len(rows):
         return rows
     return rows.select([i * len(rows) // number for i in range(number)])

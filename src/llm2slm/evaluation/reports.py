@@ -185,8 +185,8 @@ def score_table(reports: list[dict[str, Any]]) -> str:
             costs = report.get("costs")
             cells += [f"{costs['parameters'] / 1e6:.1f}M", f"{costs['gflop_per_example']:.3g}"] if costs else ["", ""]
         lines.append(cells)
-    examples = reports[0]["data"]["examples"]
-    note = f"{examples:,} examples; in brackets the middle 95% of 1,000 bootstrap resamples. "
+    examples = dict.fromkeys(f"{report['data']['examples']:,}" for report in reports)
+    note = f"{', '.join(examples)} examples; in brackets the middle 95% of 1,000 bootstrap resamples. "
     note += "Losses of different tokenizers are of different tokens."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}"
 

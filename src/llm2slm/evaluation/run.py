@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ def evaluate(
     prompt_format: str | None = None,
     completion_format: str | None = None,
     max_examples: int | None = None,
+    by: str | None = None,
     prompt_max_length: int | None = None,
     few_shot: int | None = None,
     few_shot_split: str = "train",
@@ -34,9 +36,9 @@ def evaluate(
     max_new_tokens: int = 128,
     num_beams: int = 1,
     metrics: Sequence[str] = tuple(METRICS),
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     r"""
-    Evaluates a model, and writes the report and, beside it, the texts.
+    Evaluates a model, and writes the report and, beside it, the texts; or a report for each value of a column.
 
     Args:
         model (`str`):
@@ -45,6 +47,9 @@ def evaluate(
         data (`str`): The pairs, as [`~llm2slm.data.pairs.load_pairs`] takes them, with `split`, the formats and
             `max_examples`. Formats that are omitted are those that the model was trained with, by its `run.json`.
         output (`str`): New `.json` file for the report; the texts go into `.jsonl` beside it.
+        by (`str`, *optional*):
+            A column. The pairs of each of its values are evaluated by themselves, `max_examples` and examples shown
+            being those of the value; its report goes into a file whose name ends in the value, `report-value.json`.
         prompt_max_length (`int`, *optional*):
             Cuts prompts to this many tokens. As the model was trained if omitted, if its training cut them.
         few_shot (`int`, *optional*): Puts this many solved examples, of `few_shot_split`, before each prompt.
@@ -55,17 +60,16 @@ def evaluate(
         metrics (`Sequence[str]`, *optional*): Names of [`~llm2slm.evaluation.reports.METRICS`].
 
     Returns:
-        `dict[str, Any]`: the report.
+        `list[dict[str, Any]]`: the report or, with `by`, those of the values.
 
     Raises:
         OSError: if a model or a data set is missing, or an output exists.
-        ValueError: if arguments disagree, or pairs are empty or too long.
+        ValueError: if arguments disagree, pairs are empty or too long, or there is no column `by`.
         ImportError: if a package is missing.
     """
     if Path(output).suffix != ".json":
         raise ValueError(f"--output must end in .json (the texts go beside it, into .jsonl), got {output!r}.")
-    check_new_file(output)
-    check_new_file(texts_path(output))
+    check_outputs([output])
     check_installed("Evaluation", "datasets", "rouge_score", "sacrebleu")
     from ..data import pairs
     from ..language_models import choose_device, load_model
@@ -77,55 +81,105 @@ def evaluate(
         prompt_max_length = trained_prompt_limit(trained["recipe"])
     formats = {"prompt_format": prompt_format, "completion_format": completion_format}
     formats = {name: trained["data"].get(name) if text is None else text for name, text in formats.items()}
-    dataset = pairs.load_pairs(data, split, **formats, max_examples=max_examples)
+
+    def load(part: str, number: int | None) -> dict[str, Any]:
+        if by is None:
+            return {"": pairs.load_pairs(data, part, **formats, max_examples=number)}
+        return pairs.load_groups(data, part, by, **formats, max_examples=number)
+
+    groups = load(split, max_examples)
+    outputs = {value: value_path(output, value) for value in groups} if by else {"": output}
+    check_outputs(list(outputs.values()))
     parts = None
     if pairs.has_parts(data, split) or (few_shot and pairs.has_parts(data, few_shot_split)):
         check_held_out(trained["data"], model, data, split)
         parts = pairs.part_sizes(data, formats["prompt_format"])
         print(pairs.describe_parts(data, parts))
-    shots = []
-    if few_shot:
-        shots = pairs.load_pairs(data, few_shot_split, **formats, max_examples=few_shot).to_list()
+    shots = load(few_shot_split, few_shot) if few_shot else {}
+    if few_shot and (missing := [value for value in groups if value not in shots]):
+        raise ValueError(f"--few-shot: the split {few_shot_split!r} has no pair whose {by} is {missing[0]!r}.")
 
     trained_llm = (trained["llm"] or {}).get("name_or_path")
     loaded, tokenizer = load_model(model, revision, llm, dtype, device, trained_llm)
     # A format that is given, or recorded, is the whole of it; without one the tokenizer's own is put around prompts.
     in_format = formats["prompt_format"] is not None
-    rows, stop = make_rows(
-        loaded, tokenizer, dataset, shots, instruction, prompt_max_length, max_new_tokens, in_format
-    )
-    references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
-    responses, measured = measure(loaded, tokenizer, rows, stop, batch_size, max_new_tokens, num_beams)
-    report = {
-        "system": system_name(model, few_shot),
-        "model": model,
-        "data": {
-            "source": pairs.recorded_source(data),
-            "split": split,
-            "fingerprint": pairs.hash_texts(dataset),
-            "examples": len(rows),
-            "parts": parts,  # of a file that was split by a hash of its prompts
-            **formats,
-        },
-        "scores": {name: score_texts(name, responses, references) for name in metrics},
-        **measured,
-        "generation": {
-            "max_new_tokens": max_new_tokens,
-            "num_beams": num_beams,
-            "prompt_max_length": prompt_max_length,
-            "few_shot": few_shot,
-            "instruction": instruction,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-        },
-        "versions": versions() | {name: metadata.version(name) for name in ("rouge_score", "sacrebleu")},
-        "machine": machine() | ({"gpu": None} if loaded.device.type == "cpu" else {}),
+    rows = {
+        value: make_rows(
+            loaded,
+            tokenizer,
+            dataset,
+            shots[value].to_list() if few_shot else [],
+            instruction,
+            prompt_max_length,
+            max_new_tokens,
+            in_format,
+        )
+        for value, dataset in groups.items()
     }
+    reports = []
+    for value, dataset in groups.items():
+        if by:
+            print(f"{by} {value}: {len(dataset):,} pairs")
+        references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
+        responses, measured = measure(loaded, tokenizer, *rows[value], batch_size, max_new_tokens, num_beams)
+        report = {
+            "system": system_name(model, few_shot) + (f", {value}" if by else ""),
+            "model": model,
+            "data": {
+                "source": pairs.recorded_source(data),
+                "split": split,
+                "fingerprint": pairs.hash_texts(dataset),
+                "examples": len(dataset),
+                "parts": parts,  # of a file that was split by a hash of its prompts
+                **({"by": {by: value}} if by else {}),
+                **formats,
+            },
+            "scores": {name: score_texts(name, responses, references) for name in metrics},
+            **measured,
+            "generation": {
+                "max_new_tokens": max_new_tokens,
+                "num_beams": num_beams,
+                "prompt_max_length": prompt_max_length,
+                "few_shot": few_shot,
+                "instruction": instruction,
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+            },
+            "versions": versions() | {name: metadata.version(name) for name in ("rouge_score", "sacrebleu")},
+            "machine": machine() | ({"gpu": None} if loaded.device.type == "cpu" else {}),
+        }
+        write_texts(outputs[value], dataset["prompt"], references, responses)
+        write_json(outputs[value], report)
+        reports.append(report)
+    return reports
+
+
+def value_path(output: str, value: str) -> str:
+    """Where the report on a column's value goes: its name without what is no letter, digit, dot, `_` or `-`."""
+    name = re.sub(r"[^\w.-]+", "-", value)
+    return str(Path(output).with_suffix("")) + f"-{name}.json"
+
+
+def check_outputs(outputs: list[str]) -> None:
+    """
+    Checks that reports and their texts go into new files, each into its own.
+
+    Raises:
+        OSError: if a file exists.
+        ValueError: if two reports would be one file.
+    """
+    for path in outputs:
+        if outputs.count(path) > 1:
+            raise ValueError(f"--by: two values of the column would be written to {path}.")
+        check_new_file(path)
+        check_new_file(texts_path(path))
+
+
+def write_texts(output: str, prompts: Sequence, references: list[str], responses: list[str]) -> None:
+    """Writes a report's texts beside it."""
     with write_whole(texts_path(output)) as file:
-        for prompt, completion, response in zip(dataset["prompt"], references, responses, strict=True):
+        for prompt, completion, response in zip(prompts, references, responses, strict=True):
             line = {"prompt": prompt, "completion": completion, "response": response}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_json(output, report)
-    return report
 
 
 # --------------------------------------------------------------------------------------------------- what is evaluated
