@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers, built offline: each kind of LLM and SLM in the shape its users know."""
 
+import copy
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
+    StoppingCriteria,
     T5Config,
     T5GemmaConfig,
     T5GemmaModuleConfig,
@@ -30,6 +33,7 @@ from transformers import (
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.benchmark import machine_speed
+from llm2slm.cli import main as cli
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
@@ -39,7 +43,7 @@ TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 @pytest.fixture(autouse=True, scope="module")
 def no_garbage_is_looked_for_in_what_was_imported():
-    """Each training starts with a collection: to look through a million objects takes longer than its few steps."""
+    """To look through a million objects takes longer than a tiny model's few steps."""
     gc.collect()
     gc.freeze()
 
@@ -48,6 +52,16 @@ def no_garbage_is_looked_for_in_what_was_imported():
 def no_mixed_precision_left_behind(monkeypatch):
     """In Transformers 4 a training with bf16 sets this variable, and the next one in the process follows it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture(autouse=True)
+def quick_trainings(monkeypatch):
+    """
+    A tiny model trains in less time than it takes to draw its loss curve, which `test_train.py` does, and to look for
+    garbage before the first step.
+    """
+    monkeypatch.setattr("llm2slm.training.record.plot_losses", lambda history, title, path, taught=False: path.touch())
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
 
 
 @pytest.fixture
@@ -272,6 +286,105 @@ def count_calls():
         handle.remove()
 
 
+# -------------------------------------------------------------------------------------------- a drafter beside its LLM
+PROMPT = build_prompts((9,))[0][None]
+# Tiny random models fall into repeating one token; forbidding pairs of tokens to come twice keeps them writing.
+VARIED = {"no_repeat_ngram_size": 2}
+
+
+def build_drafter(llm, slm, **config) -> LLM2SLMForConditionalGeneration:
+    """A model that drafts for `llm`, without an LLM of its own."""
+    config = {"shared_tokenizer": True, "llm_layer": [0, 1, -1], **config}
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, **config)
+    jitter(model.projector)
+    model.llm = None
+    return model
+
+
+def build_slm_of_the_llms_vocabulary(kind):
+    torch.manual_seed(4)
+    config = SLM_KINDS[kind](SLM_HIDDEN, LLM_VOCAB)
+    return jitter(type(build_slm(kind))(config)).eval()
+
+
+def as_slm(llm, noise=0.0) -> torch.nn.Module:
+    torch.manual_seed(5)
+    return jitter(copy.deepcopy(llm), noise)
+
+
+def build_copying_drafter(llm, noise=0.0) -> LLM2SLMForConditionalGeneration:
+    """The SLM is a copy of the LLM, the projector adds nothing: without noise it drafts what the LLM will write."""
+    model = build_drafter(llm, as_slm(llm, noise), fusion="add")
+    torch.nn.init.zeros_(model.projector.out.weight)
+    torch.nn.init.zeros_(model.projector.out.bias)
+    return model
+
+
+def endless(llm):
+    llm.generation_config.eos_token_id = None
+    return llm
+
+
+def greedy(llm, prompt=PROMPT, **kwargs) -> torch.Tensor:
+    """The LLM's own response."""
+    if llm.config.model_type == "t5gemma":
+        kwargs["use_cache"] = False  # in Transformers 4 its cached cross-attention sees the sliding window only
+    ids = llm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **kwargs)
+    return ids if llm.config.is_encoder_decoder else ids[:, prompt.shape[1] :]
+
+
+@pytest.fixture
+def llm():
+    return endless(build_llm("llama"))
+
+
+@pytest.fixture
+def noisy(llm):
+    """A drafter that is right about half of the time."""
+    return build_copying_drafter(llm, noise=0.1)
+
+
+def trimmed_slm(llm, token_ids):
+    """A copy of the LLM that knows only some of its tokens, in another order."""
+    config = copy.deepcopy(llm.config)
+    config.vocab_size = len(token_ids)
+    config.decoder_start_token_id = token_ids.index(PAD)
+    weights = {k: w[token_ids] if w.shape[0] == LLM_VOCAB else w for k, w in llm.state_dict().items()}
+    slm = type(llm)(config).eval()
+    slm.load_state_dict(weights)
+    return slm
+
+
+def build_trimmed_drafter(llm, lacking=()):
+    token_ids = [token for token in range(LLM_VOCAB - 1, -1, -1) if token not in lacking]
+    token_map = torch.full((LLM_VOCAB,), -1)
+    token_map[token_ids] = torch.arange(len(token_ids))
+    slm = trimmed_slm(llm, token_ids)
+    model = build_drafter(llm, slm, fusion="add", prompt_token_map=token_map)
+    torch.nn.init.zeros_(model.projector.out.weight)
+    torch.nn.init.zeros_(model.projector.out.bias)
+    return model
+
+
+class EndsAfter(StoppingCriteria):
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] == PROMPT.shape[1] + self.tokens])
+
+
+class Collects:
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
 # ----------------------------------------------------------------------------------------------------- fresh processes
 RUNNER = """
 import contextlib, io, json, sys, traceback
@@ -303,6 +416,29 @@ def run_fresh(codes: dict[str, str], before: str = "", **options) -> dict[str, t
 
 
 # ------------------------------------------------------------------------------------------------------------ training
+QUICK_TRAINING = {
+    "slm": "fresh",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "learning_rate": 0.01,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def train(recipe, **changes) -> int | str | None:
+    """What `llm2slm train` returns for a recipe and changes to it, of which None leaves an option out."""
+    options = {name: value for name, value in {**recipe, **changes}.items() if value is not None}
+    path = Path(f"{options['cache_dir']}.yaml")
+    path.write_text(yaml.safe_dump(options))
+    return cli.main(["train", "--config", str(path)])
+
+
+def read_report(folder) -> dict:
+    """What a finished training says of itself."""
+    return json.loads((Path(folder) / "run.json").read_text())
+
+
 def save_training(folder, pairs):
     """Writes a tiny LLM and 40 pairs into `folder`; a recipe that trains a fresh SLM on 32 and evaluates on 8."""
     build_llm("llama").save_pretrained(folder / "llm")
@@ -313,12 +449,7 @@ def save_training(folder, pairs):
         "train_split": "train[:32]",
         "validation_split": "train[32:]",
         "llm": str(folder / "llm"),
-        "slm": "fresh",
         "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
         "logging_steps": 1,
-        "learning_rate": 0.01,
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUICK_TRAINING,
     }

@@ -8,22 +8,20 @@ from conftest import (
     EOS,
     LLM_VOCAB,
     PAD,
-    SLM_KINDS,
-    build_llm,
-    build_llm_tokenizer,
-    build_model,
-    build_slm,
-    build_slm_tokenizer,
-)
-from test_lossless import (
     PROMPT,
+    SLM_KINDS,
     VARIED,
     Collects,
     EndsAfter,
     as_slm,
     build_copying_drafter,
     build_drafter,
+    build_llm,
+    build_llm_tokenizer,
+    build_model,
+    build_slm,
     build_slm_of_the_llms_vocabulary,
+    build_slm_tokenizer,
     build_trimmed_drafter,
     endless,
     greedy,
@@ -41,17 +39,6 @@ from llm2slm import LLM2SLMTokenizer, LosslessOutput, drafter_llm2slm
 from llm2slm.drafting_llm2slm import _best, _sampled
 
 KINDS = ["llama", "gpt2", "t5"]
-
-
-@pytest.fixture
-def llm():
-    return endless(build_llm("llama"))
-
-
-@pytest.fixture
-def noisy(llm):
-    """A drafter that is right about half of the time."""
-    return build_copying_drafter(llm, noise=0.1)
 
 
 @pytest.fixture

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import LLM_KINDS, build_llm_tokenizer, build_slm, build_slm_tokenizer, jitter
+from conftest import (
+    LLM_KINDS,
+    QUICK_TRAINING,
+    build_llm_tokenizer,
+    build_slm,
+    build_slm_tokenizer,
+    jitter,
+    read_report,
+    train,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Seq2SeqTrainer
 
@@ -182,33 +190,16 @@ def recipe(files, tmp_path):
         "train_split": "train[:20]",
         "validation_split": "train[20:]",
         "llm": str(files / "llm"),
-        "slm": "fresh",
         "slm_tokenizer": "trimmed",
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
         "max_steps": STEPS,
         "eval_steps": 4,
-        "learning_rate": 0.01,
         "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUICK_TRAINING,
         "teacher": str(files / "llm"),
         "teacher_top_k": 5,
         "cache_dir": str(tmp_path / "features"),
         "output_dir": str(tmp_path / "run"),
     }
-
-
-def train(recipe, **changes) -> int | str | None:
-    recipe = {name: value for name, value in {**recipe, **changes}.items() if value is not None}
-    path = f"{recipe['cache_dir']}.yaml"
-    with open(path, "w") as file:
-        yaml.safe_dump(recipe, file)
-    return cli.main(["train", "--config", path])
-
-
-def report(folder) -> dict:
-    return json.loads((Path(folder) / "run.json").read_text())
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -237,7 +228,7 @@ def test_every_arm_learns_from_a_teacher_and_the_folder_says_so(recipe, files, t
     if changes["arm"] == "llm":  # itself, with another prompt: context distillation
         changes = {**changes, "teacher_prompt_format": "{extra} {prompt}"}
     assert train(recipe, **changes) is None
-    run = report(tmp_path / "run")
+    run = read_report(tmp_path / "run")
     assert run["teacher"]["name_or_path"] == recipe["teacher"] and run["teacher"]["revision"] is None
     assert (run["teacher"]["weight"], run["teacher"]["temperature"], run["teacher"]["top_k"]) == (0.5, 1.0, 5)
     assert run["teacher"]["prompt_format"] == changes.get("teacher_prompt_format")
@@ -256,7 +247,7 @@ def test_with_a_weight_of_zero_it_is_the_training_without_a_teacher(recipe, tmp_
     ours, expected = weights(tmp_path / "run"), weights(tmp_path / "alone")
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], atol=1e-4, rtol=1e-3)
-    losses = [report(tmp_path / name)["train"] for name in ("run", "alone")]
+    losses = [read_report(tmp_path / name)["train"] for name in ("run", "alone")]
     assert losses[0]["final_loss"] == pytest.approx(losses[1]["final_loss"], rel=1e-4)
     assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=1e-3)
 
@@ -323,7 +314,7 @@ def test_teachers_of_every_kind_and_one_cache_for_students_of_several_vocabulari
     few = {"output_dir": str(tmp_path / "few"), "vocab_size": 42, "arm": "slm"}
     capsys.readouterr()
     assert train(recipe, **changes, **few) is None
-    run, said = report(tmp_path / "few")["teacher"], capsys.readouterr()
+    run, said = read_report(tmp_path / "few")["teacher"], capsys.readouterr()
     assert caches() == first == {run["distributions"]}
     assert 0 < run["cut_otherwise"] and 0 < run["tokens_without_distribution"] < run["tokens"]
     assert f"The student cuts {run['cut_otherwise']} of 20 responses into other tokens" in said.out

@@ -1,6 +1,5 @@
 """Lossless mode: the LLM's own greedy response, token for token, from fewer runs of the LLM."""
 
-import copy
 import functools
 import itertools
 import math
@@ -13,85 +12,33 @@ from conftest import (
     LLM_VOCAB,
     PAD,
     POSITIONS,
+    PROMPT,
     SLM_HIDDEN,
     SLM_KINDS,
     SLM_VOCAB,
+    VARIED,
+    Collects,
+    EndsAfter,
+    build_copying_drafter,
+    build_drafter,
     build_llm,
     build_llm_tokenizer,
     build_model,
-    build_prompts,
     build_slm,
+    build_slm_of_the_llms_vocabulary,
     build_slm_tokenizer,
+    build_trimmed_drafter,
+    endless,
+    greedy,
     jitter,
 )
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from llm2slm import (
-    LLM2SLMForConditionalGeneration,
-    LLM2SLMTokenizer,
-    LosslessOutput,
-    decoding_llm2slm,
-    drafter_llm2slm,
-)
+from llm2slm import LLM2SLMTokenizer, LosslessOutput, decoding_llm2slm, drafter_llm2slm
 from llm2slm.few_rows_llm2slm import EagerFewRows
 
-PROMPT = build_prompts((9,))[0][None]
 WRITING_LLMS = ["t5", "t5gemma", "bart", "llama", "gemma3", "gpt2"]
 COPIED_LLMS = ["t5", "bart", "llama", "gemma3", "gpt2"]
-# Tiny random models fall into repeating one token; forbidding pairs of tokens to come twice keeps them writing.
-VARIED = {"no_repeat_ngram_size": 2}
-
-
-def build_drafter(llm, slm, **config) -> LLM2SLMForConditionalGeneration:
-    """A model that drafts for `llm`, without an LLM of its own."""
-    config = {"shared_tokenizer": True, "llm_layer": [0, 1, -1], **config}
-    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, **config)
-    jitter(model.projector)
-    model.llm = None
-    return model
-
-
-def build_slm_of_the_llms_vocabulary(kind):
-    torch.manual_seed(4)
-    config = SLM_KINDS[kind](SLM_HIDDEN, LLM_VOCAB)
-    return jitter(type(build_slm(kind))(config)).eval()
-
-
-def as_slm(llm, noise=0.0) -> torch.nn.Module:
-    torch.manual_seed(5)
-    return jitter(copy.deepcopy(llm), noise)
-
-
-def build_copying_drafter(llm, noise=0.0) -> LLM2SLMForConditionalGeneration:
-    """The SLM is a copy of the LLM, the projector adds nothing: without noise it drafts what the LLM will write."""
-    model = build_drafter(llm, as_slm(llm, noise), fusion="add")
-    torch.nn.init.zeros_(model.projector.out.weight)
-    torch.nn.init.zeros_(model.projector.out.bias)
-    return model
-
-
-def endless(llm):
-    llm.generation_config.eos_token_id = None
-    return llm
-
-
-def greedy(llm, prompt=PROMPT, **kwargs) -> torch.Tensor:
-    """The LLM's own response."""
-    if llm.config.model_type == "t5gemma":
-        kwargs["use_cache"] = False  # in Transformers 4 its cached cross-attention sees the sliding window only
-    ids = llm.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **kwargs)
-    return ids if llm.config.is_encoder_decoder else ids[:, prompt.shape[1] :]
-
-
-@pytest.fixture
-def llm():
-    return endless(build_llm("llama"))
-
-
-@pytest.fixture
-def noisy(llm):
-    """A drafter that is right about half of the time."""
-    return build_copying_drafter(llm, noise=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
@@ -222,28 +169,6 @@ def test_tokens_that_only_the_slm_has_are_not_drafted(llm):
 
 
 # -------------------------------------------------------------------------------------------------- trimmed vocabulary
-def trimmed_slm(llm, token_ids):
-    """A copy of the LLM that knows only some of its tokens, in another order."""
-    config = copy.deepcopy(llm.config)
-    config.vocab_size = len(token_ids)
-    config.decoder_start_token_id = token_ids.index(PAD)
-    weights = {k: w[token_ids] if w.shape[0] == LLM_VOCAB else w for k, w in llm.state_dict().items()}
-    slm = type(llm)(config).eval()
-    slm.load_state_dict(weights)
-    return slm
-
-
-def build_trimmed_drafter(llm, lacking=()):
-    token_ids = [token for token in range(LLM_VOCAB - 1, -1, -1) if token not in lacking]
-    token_map = torch.full((LLM_VOCAB,), -1)
-    token_map[token_ids] = torch.arange(len(token_ids))
-    slm = trimmed_slm(llm, token_ids)
-    model = build_drafter(llm, slm, fusion="add", prompt_token_map=token_map)
-    torch.nn.init.zeros_(model.projector.out.weight)
-    torch.nn.init.zeros_(model.projector.out.bias)
-    return model
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_drafts_of_a_trimmed_vocabulary_are_the_llms_tokens(kind):
     llm = endless(build_llm(kind))
@@ -307,14 +232,6 @@ def test_lengths_mean_the_response(llm, noisy):
     assert noisy.generate_lossless(PROMPT, llm=llm, max_length=12).sequences.shape == (1, 12)
     config = GenerationConfig(max_length=8, min_length=8, eos_token_id=greedy(llm, max_new_tokens=1).item())
     assert noisy.generate_lossless(PROMPT, config, llm=llm).sequences.shape == (1, 8)
-
-
-class EndsAfter(StoppingCriteria):
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.tensor([input_ids.shape[1] == PROMPT.shape[1] + self.tokens])
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6])
@@ -428,17 +345,6 @@ def test_what_the_llm_would_sample_by_default_is_written_greedily(llm, noisy):
     expected = greedy(llm, max_new_tokens=10)
     llm.generation_config.update(do_sample=True, num_beams=3)
     assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10).sequences.tolist() == expected.tolist()
-
-
-class Collects:
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

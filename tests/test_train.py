@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 import torch
-import yaml
 from conftest import (
     LLM_HIDDEN,
     LLM_KINDS,
+    QUICK_TRAINING,
     SLM_VOCAB,
     build_llm,
     build_llm_tokenizer,
@@ -19,6 +19,8 @@ from conftest import (
     build_slm,
     build_slm_tokenizer,
     jitter,
+    read_report,
+    train,
 )
 from transformers import (
     AutoModelForCausalLM,
@@ -29,10 +31,10 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.cli import main as cli
 from llm2slm.data.pairs import format_of_text
-from llm2slm.training import setup
+from llm2slm.training import record, setup
 from llm2slm.training.options import TrainOptions
+from llm2slm.training.record import plot_losses
 from llm2slm.training.setup import make_collator, with_lora
 
 STEPS = 12
@@ -70,32 +72,18 @@ def recipe(files, tmp_path):
         "train_split": "train[:48]",
         "validation_split": "train[48:]",
         "llm": str(files / "llm"),
-        "slm": "fresh",
         "vocab_size": 300,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
         "max_steps": STEPS,
         "eval_steps": 4,
-        "learning_rate": 0.01,
         "per_device_train_batch_size": 6,
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **QUICK_TRAINING,
         "cache_dir": str(tmp_path / "features"),
         "output_dir": str(tmp_path / "run"),
     }
 
 
-def train(recipe, **changes) -> int | None:
-    recipe = {name: value for name, value in {**recipe, **changes}.items() if value is not None}
-    path = f"{recipe['cache_dir']}.yaml"
-    with open(path, "w") as file:
-        yaml.safe_dump(recipe, file)
-    return cli.main(["train", "--config", path])
-
-
 def report(recipe) -> dict:
-    with open(recipe["output_dir"] + "/run.json") as file:
-        return json.load(file)
+    return read_report(recipe["output_dir"])
 
 
 def logged_losses(recipe) -> dict[int, float]:
@@ -161,7 +149,8 @@ def test_the_way_of_writing_is_not_the_slms_own_sampling():
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
-def test_the_folder_holds_the_model_and_says_how_it_was_trained(recipe, tmp_path, capsys):
+def test_the_folder_holds_the_model_and_says_how_it_was_trained(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "plot_losses", plot_losses)
     assert train(recipe, llm_layer=[0, -1], projector_type="linear") is None
     model, tokenizer = load(recipe), LLM2SLMTokenizer.from_pretrained(recipe["output_dir"])
     assert model.config.llm_layer == [0, -1] and model.projector.hidden is None
@@ -187,6 +176,13 @@ def test_the_folder_holds_the_model_and_says_how_it_was_trained(recipe, tmp_path
     assert len(losses) == 3 and losses[-1] < losses[0]  # it learned
     assert run["train"]["eval_loss"] == pytest.approx(min(losses))
     assert "Finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [[], ["loss"], ["loss", "eval_loss"]], ids=len)
+def test_a_picture_is_drawn_of_what_losses_there_are(names, tmp_path):
+    history = [{"step": step, name: 1 / step} for step in (1, 2) for name in names]
+    plot_losses([*history, {"step": 2, "train_runtime": 1.0}], "title", tmp_path / "loss.png", taught=True)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_training_is_not_done_again(recipe, tmp_path, capsys):
