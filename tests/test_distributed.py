@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from llm2slm.cli import main as cli
 
 
-def run_two_processes(*arguments) -> str:
-    """Runs a Python command as two processes; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
-    )
+def run(*arguments) -> str:
+    """Runs a Python command; returns what its processes print."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -42,7 +41,8 @@ def write_recipe(recipe, folder, **changes) -> str:
 
 def test_two_processes_train_as_one_with_their_batches_together(recipe, tmp_path):
     path = write_recipe(recipe, tmp_path / "two", per_device_train_batch_size=4, ddp_backend="gloo")
-    output = run_two_processes("-m", "llm2slm.cli", "train", "--config", path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = run(*torchrun, "-m", "llm2slm.cli", "train", "--config", path)
     assert output.count("Caching prompt features") == 2  # training and validation, by one process
     assert output.count("Finished") == 1
 
@@ -82,15 +82,14 @@ def train_steps(model, rows: slice, steps=3):
         optimizer.zero_grad()
 
 
-def fsdp_process(folder: str):
+def fsdp_process(rank: int, folder: str):
     """What each of the two processes does."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     model = small_model()
     for layer in [*model.llm.layers, *model.slm.model.layers]:
@@ -110,7 +109,7 @@ def fsdp_process(folder: str):
 
 
 def test_fsdp2_shards_llm_and_slm_and_trains_as_one_process(tmp_path):
-    run_two_processes(__file__, str(tmp_path))
+    run(__file__, str(tmp_path))
     sharded = load_file(tmp_path / "sharded.safetensors")
     model, before = small_model(), small_model().state_dict()
     train_steps(model, None)
@@ -119,5 +118,5 @@ def test_fsdp2_shards_llm_and_slm_and_trains_as_one_process(tmp_path):
         assert torch.equal(weight, before[name]) == name.startswith("llm."), name
 
 
-if __name__ == "__main__":
-    fsdp_process(sys.argv[1])
+if __name__ == "__main__":  # what is imported is imported once
+    torch.multiprocessing.start_processes(fsdp_process, (sys.argv[1],), nprocs=2, start_method="fork")

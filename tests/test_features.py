@@ -168,51 +168,78 @@ def test_a_slim_models_llm_is_loaded_for_what_is_missing(prompts, llm_folder, tm
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions
-CACHE = """
-import os, signal, sys
+# One process imports, and starts a copy of itself for each that caches. The limit on a file's size is the full disk.
+PROCESSES = """
+import os, resource, signal, sys
+from pathlib import Path
 from datasets import Dataset
 from conftest import build_model, build_prompts
 from llm2slm.data import prompt_features as features
 
 features.SHARD_BYTES = 20 * 48 * 2  # 20 tokens
-model, reads = build_model("llama", "t5", llm_layer=[0, -1]), []
-def read(*_):
-    reads.append(1)
-    if len(reads) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-model.llm.register_forward_pre_hook(read)
-prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((10,) * 12)]})
-cached = features.cache_prompt_features(prompts, model, sys.argv[1])
-print(len(reads), len(cached))
+
+def start(name, die_at=None, most_bytes=resource.RLIM_INFINITY):
+    if pid := os.fork():
+        return pid
+    model, reads = build_model("llama", "t5", llm_layer=[0, -1]), []
+    def read(*_):
+        reads.append(1)
+        if len(reads) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    model.llm.register_forward_pre_hook(read)
+    prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((10,) * 12)]})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        cached = features.cache_prompt_features(prompts, model, Path(sys.argv[1], name))
+        print(f"{name} {len(reads)} {len(cached)}\\n", end="", flush=True)
+    except OSError as error:
+        print(name, error, flush=True)
+    finally:
+        os._exit(0)
+
+status = os.waitpid(start("killed", die_at=4), 0)[1]
+print("killed", os.waitstatus_to_exitcode(status), flush=True)
+for pid in [start("shared"), start("shared"), start("full", most_bytes=1000)]:
+    os.waitpid(pid, 0)
 """
 
 
-def start_caching(folder: Path, die_at: int) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The folder of the processes' caches, each by its name, and what each process said, in order."""
+    folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-c", CACHE, str(folder), str(die_at)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PROCESSES, str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said: dict[str, list[str]] = {}
+    for line in result.stdout.splitlines():
+        name, _, text = line.partition(" ")
+        said.setdefault(name, []).append(text)
+    return folder, said
 
 
-def test_a_killed_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    killed = start_caching(tmp_path / "killed", die_at=4)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    (folder,) = (tmp_path / "killed").iterdir()
+one_process = pytest.mark.xdist_group("features_processes")
+
+
+@one_process
+def test_a_killed_run_goes_on_where_it_was(processes, model, tmp_path, monkeypatch):
+    assert processes[1]["killed"] == [str(-signal.SIGKILL)]
+    (folder,) = (processes[0] / "killed").iterdir()
     (folder / "left.part").write_text("by a kill while it was written")
     monkeypatch.setattr("llm2slm.data.prompt_features.SHARD_BYTES", 20 * 48 * 2)
     prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((10,) * 12)]})
     rows = prompts_read(model)
-    resumed = cache_prompt_features(prompts, model, tmp_path / "killed")
+    resumed = cache_prompt_features(prompts, model, processes[0] / "killed")
     assert rows == [2, 2, 2] and not list(folder.glob("*.part"))
     uninterrupted = cache_prompt_features(prompts, model, tmp_path / "whole")
     for ours, expected in zip(resumed, uninterrupted, strict=True):
         assert torch.equal(ours["prompt_hidden_states"], expected["prompt_hidden_states"])
 
 
-def test_two_processes_share_the_work_of_one(tmp_path):
-    processes = [start_caching(tmp_path / "cache", die_at=-1) for _ in range(2)]
-    outputs = [process.communicate()[0].split() for process in processes]
-    assert sorted(outputs) == [["0", "12"], ["6", "12"]]
+@one_process
+def test_two_processes_share_the_work_of_one(processes):
+    assert sorted(processes[1]["shared"]) == ["0 12", "6 12"]
 
 
 def test_waiting_for_another_process_is_said(model, prompts, tmp_path, caplog):
@@ -250,28 +277,11 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(model, prompts, t
     assert not rows
 
 
-FULL = """
-import resource, sys
-from conftest import build_model, build_prompts
-from datasets import Dataset
-from llm2slm.data.prompt_features import cache_prompt_features
-
-prompts = Dataset.from_dict({"input_ids": [ids.tolist() for ids in build_prompts((40,) * 8)]})
-model = build_model("llama", "t5")
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # a write beyond fails, as on a full disk
-try:
-    cache_prompt_features(prompts, model, sys.argv[1])
-except OSError as error:
-    print(error)
-"""
-
-
-def test_a_disk_that_fills_up_meanwhile_leaves_no_half_shard(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    command = [sys.executable, "-c", FULL, str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "The prompt features cannot be written to" in result.stdout, result.stderr
-    assert [path.name for path in tmp_path.glob("*/*")] == ["lock"]
+@one_process
+def test_a_disk_that_fills_up_meanwhile_leaves_no_half_shard(processes):
+    (said,) = processes[1]["full"]
+    assert said.startswith("The prompt features cannot be written to"), said
+    assert [path.name for path in processes[0].glob("full/*/*")] == ["lock"]
 
 
 def test_states_that_the_number_format_cannot_hold_are_refused(model, prompts, tmp_path):

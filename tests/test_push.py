@@ -32,26 +32,32 @@ LEFT_OUT = (
     "checkpoint-4/optimizer.pt",
     "start/model.safetensors",
 )
-# One process pushes the LLM, if it is told where that is, runs the command, and says what is on the Hub then.
+# Pushes the LLM, and repositories with options and token; says what the command wrote, and what is there then.
 PUSH = """
-import json, sys
+import contextlib, io, json, os, sys
 from huggingface_hub import HfApi, hf_hub_download
 from llm2slm.cli.main import main
-llm, *options = sys.argv[1:]
-api = HfApi()
-if llm:
-    api.create_repo("tester/llm")
-    api.upload_folder(repo_id="tester/llm", folder_path=llm)
-found, code = {}, main(["push", "--repo-id", "tester/pair", *options])
-if code is not None:
-    sys.exit(code)
-for branch in ("main", "dev"):
-    if branch in [ref.name for ref in api.list_repo_refs("tester/pair").branches]:
-        commits = api.list_repo_commits("tester/pair", revision=branch)
-        found[branch] = {"commits": [[commit.title, commit.commit_id] for commit in commits]}
-        found[branch]["files"] = api.list_repo_files("tester/pair", revision=branch)
-config = hf_hub_download("tester/pair", "config.json", revision=branch if branch in found else "main")
-print(json.dumps({**found, "private": api.repo_info("tester/pair").private, "config": open(config).read()}))
+
+llm, pushes = json.loads(sys.argv[1])
+api, right, found = HfApi(), os.environ["HF_TOKEN"], []
+api.create_repo("tester/llm")
+api.upload_folder(repo_id="tester/llm", folder_path=llm)
+for repository, options, token in pushes:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        os.environ["HF_TOKEN"] = token or right
+        code = main(["push", "--repo-id", repository, *options])
+        os.environ["HF_TOKEN"] = right
+    there = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    if code is None:
+        branches = [ref.name for ref in api.list_repo_refs(repository).branches]
+        config = hf_hub_download(repository, "config.json", revision="dev" if "dev" in branches else "main")
+        there |= {"private": api.repo_info(repository).private, "config": open(config).read()}
+        for branch in branches:
+            commits = api.list_repo_commits(repository, revision=branch)
+            there[branch] = {"commits": [[commit.title, commit.commit_id] for commit in commits]}
+            there[branch]["files"] = api.list_repo_files(repository, revision=branch)
+    found.append(there)
+print(json.dumps(found))
 """
 LOAD = """
 import sys
@@ -62,34 +68,57 @@ for name in sys.argv[1:]:
 """
 
 
+def make_run(root):
+    """A training's folder: a slim checkpoint whose LLM is on this machine, its card and picture, and much else."""
+    build_llm("llama").save_pretrained(root / "llm")
+    model = build_model(str(root / "llm"), "t5")
+    model.save_pretrained(root / "pair")
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
+    tokenizer.save_pretrained(root / "pair")
+    (root / "pair" / "README.md").write_text(CARD)
+    (root / "pair" / "loss.png").write_bytes(b"\x89PNG")
+    for name in LEFT_OUT:
+        (root / "pair" / name).parent.mkdir(exist_ok=True)
+        (root / "pair" / name).write_text("{}")
+    return root / "pair"
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A training's folder: a slim checkpoint whose LLM is on this machine, its card and picture, and much else."""
-    build_llm("llama").save_pretrained(tmp_path / "llm")
-    model = build_model(str(tmp_path / "llm"), "t5")
-    model.save_pretrained(tmp_path / "pair")
-    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
-    tokenizer.save_pretrained(tmp_path / "pair")
-    (tmp_path / "pair" / "README.md").write_text(CARD)
-    (tmp_path / "pair" / "loss.png").write_bytes(b"\x89PNG")
-    for name in LEFT_OUT:
-        (tmp_path / "pair" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "pair" / name).write_text("{}")
-    return tmp_path / "pair"
+    return make_run(tmp_path)
 
 
-def run(hub, home, *arguments, **environment) -> subprocess.CompletedProcess:
-    """A fresh process with a Hub cache of its own."""
-    environment = {**os.environ, **hub.environment(home), **environment}
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+def run(hub, home, *arguments) -> str:
+    """What a fresh process with a Hub cache of its own prints."""
+    environment, command = {**os.environ, **hub.environment(home)}, [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
 
 
-def push(hub, home, *options, llm="") -> tuple[str, dict]:
-    """What the command prints, and what is on the Hub behind it."""
-    pushed = run(hub, home, "-c", PUSH, llm, *options)
-    assert pushed.returncode == 0, pushed.stderr[-2000:]
-    printed, _, found = pushed.stdout.rstrip("\n").rpartition("\n")
-    return printed, json.loads(found)
+def push(hub, home, llm, *pushes, more="") -> list[dict]:
+    """Of each repository, options and token: what the command wrote, and what is on the Hub behind it."""
+    pushes = [(repository, list(map(str, options)), token) for repository, options, token in pushes]
+    return json.loads(run(hub, home, "-c", PUSH + more, json.dumps([str(llm), pushes])).splitlines()[0])
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """
+    A training's folder, what was said and is on the Hub after it was pushed in three ways, and what another process
+    wrote with the checkpoint from the Hub and with the one here.
+    """
+    root = tmp_path_factory.mktemp("pushed")
+    folder, options = make_run(root), ["--run", root / "pair", "--llm-name", "tester/llm"]
+    branch = [*options, "--private", "--revision", "dev", "--message", "Second try"]
+    with HubServer(root / "hub") as hub:
+        pushes = [("tester/pair", options, None), ("tester/branch", branch, None), ("tester/pair", options, "wrong")]
+        found = push(hub, root / "home", root / "llm", *pushes)
+        written = run(hub, root / "fresh", "-c", LOAD, "tester/pair", folder).splitlines()
+    return folder, found, written
+
+
+one_push = pytest.mark.xdist_group("push")
 
 
 def test_alternatives_of_the_llm_that_only_this_machine_has_are_not_pushed(folder, tmp_path):
@@ -101,24 +130,34 @@ def test_alternatives_of_the_llm_that_only_this_machine_has_are_not_pushed(folde
     assert [place["llm_name_or_path"] for place in pushed["llm_alternatives"]] == ["user/llm", "package:llm"]
 
 
-def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(folder, tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        options = ["--run", folder, "--llm-name", "tester/llm"]
-        printed, found = push(hub, tmp_path / "home", *options, llm=folder.parent / "llm")
-        files = set(found["main"]["files"]) - {".gitattributes"}
-        expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        assert files == expected - set(LEFT_OUT)
-        assert {"README.md", "loss.png", "model.safetensors", "llm_tokenizer/tokenizer.json"} <= files
-        (title, commit), *others = found["main"]["commits"]
-        assert title == "Upload model" and commit in printed
-        assert [title.lower() for title, _ in others] == ["initial commit"]  # the Hub's own, of a new repository
-        assert json.loads(found["config"])["llm_name_or_path"] == "tester/llm"
-        assert str(tmp_path) not in found["config"]
-
-        loaded = run(hub, tmp_path / "fresh", "-c", LOAD, "tester/pair", folder)
-    assert loaded.returncode == 0, loaded.stderr[-2000:]
-    from_the_hub, here = loaded.stdout.splitlines()
+@one_push
+def test_a_model_is_pushed_in_one_commit_and_works_from_the_hub(pushed):
+    folder, (found, *_), (from_the_hub, here) = pushed
+    files = set(found["main"]["files"]) - {".gitattributes"}
+    expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == expected - set(LEFT_OUT)
+    assert {"README.md", "loss.png", "model.safetensors", "llm_tokenizer/tokenizer.json"} <= files
+    (title, commit), *others = found["main"]["commits"]
+    assert title == "Upload model" and commit in found["out"]
+    assert [title.lower() for title, _ in others] == ["initial commit"]  # the Hub's own, of a new repository
+    assert json.loads(found["config"])["llm_name_or_path"] == "tester/llm"
+    assert str(folder.parent) not in found["config"]
     assert from_the_hub == here != ""
+
+
+@one_push
+def test_a_private_repository_and_a_branch(pushed):
+    _, (_, found, _), _ = pushed
+    assert found["private"] is True
+    assert "config.json" in found["dev"]["files"] and "config.json" not in found["main"]["files"]
+    assert found["dev"]["commits"][0][0] == "Second try"
+
+
+@one_push
+def test_a_refusal_of_the_hub_is_one_line(pushed):
+    _, (*_, refused), _ = pushed
+    assert refused["code"] == 2 and "Traceback" not in refused["err"]
+    assert refused["err"].splitlines()[-1].startswith("llm2slm push: error: ")
 
 
 def test_a_csv_file_of_ones_own_becomes_a_model_on_the_hub(tmp_path, capsys):
@@ -148,26 +187,10 @@ def test_a_csv_file_of_ones_own_becomes_a_model_on_the_hub(tmp_path, capsys):
     assert cli.main(train + shlex.split(formats)) is None  # finished: what comes next is said again
     assert shlex.join(commands[0]) in capsys.readouterr().out
     with HubServer(tmp_path / "hub") as hub:
-        push(hub, tmp_path / "me", "--run", run_folder, "--llm-name", "tester/llm", llm=tmp_path / "llm")
-        answered = run(hub, tmp_path / "user", "-c", LOAD, "tester/pair")
-    assert answered.returncode == 0, answered.stderr[-2000:]
-
-
-def test_a_private_repository_and_a_branch(folder, tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        options = ["--run", folder, "--llm-name", "tester/llm", "--private"]
-        _, found = push(hub, tmp_path / "home", *options, "--revision", "dev", "--message", "Second try")
-    assert found["private"] is True
-    assert "config.json" in found["dev"]["files"] and "config.json" not in found["main"]["files"]
-    assert found["dev"]["commits"][0][0] == "Second try"
-
-
-def test_a_refusal_of_the_hub_is_one_line(folder, tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        options = ["--repo-id", "tester/pair", "--run", folder, "--llm-name", "tester/llm"]
-        pushed = run(hub, tmp_path / "home", "-m", "llm2slm.cli", "push", *options, HF_TOKEN="wrong")
-    assert pushed.returncode == 2 and "Traceback" not in pushed.stderr
-    assert pushed.stderr.splitlines()[-1].startswith("llm2slm push: error: ")
+        options = ["--run", run_folder, "--llm-name", "tester/llm"]
+        load = 'sys.argv[1:] = ["tester/pair"]' + LOAD
+        (found,) = push(hub, tmp_path / "me", tmp_path / "llm", ("tester/pair", options, None), more=load)
+    assert found["code"] is None
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,6 @@ from llm2slm.serving.checkpoint_card import Figure, read_card
 from llm2slm.serving.race import MAX_CHARACTERS, load_race
 from llm2slm.sharing import space
 
-PUSH_LLM = """
-import sys
-from huggingface_hub import HfApi
-HfApi().create_repo("tester/llm")
-HfApi().upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
-"""
-
 PROMPT, LENGTH = "w1 w2 w3 w4 w5", 12
 METADATA = """---
 license: mit
@@ -273,11 +266,17 @@ def test_a_visitor_who_leaves_ends_the_race(served, count_calls):
 
 
 # ----------------------------------------------------------------------------------------------------------- the Space
-INSPECT = """
+PUSH = """
 import json, sys
 from huggingface_hub import HfApi, snapshot_download
+from llm2slm.cli.main import main
+
 api = HfApi()
-folder = snapshot_download("tester/race", repo_type="space", local_dir=sys.argv[1])
+api.create_repo("tester/llm")
+api.upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
+assert main(["push", "--run", sys.argv[2], "--repo-id", "tester/pair", "--llm-name", "tester/llm"]) is None
+assert main(["race", "tester/pair", "--space", "tester/race", *sys.argv[4:]]) is None
+snapshot_download("tester/race", repo_type="space", local_dir=sys.argv[3])
 print(json.dumps([commit.title for commit in api.list_repo_commits("tester/race", repo_type="space")]))
 """
 START = """
@@ -291,17 +290,11 @@ runpy.run_path("app.py")
 
 def test_a_space_is_pushed_in_one_commit_with_the_code_that_it_runs(checkpoint, tmp_path):
     (tmp_path / "pair" / "README.md").write_text(CARD)
-    folder, home = tmp_path / "space", tmp_path / "home"
+    folder = tmp_path / "space"
+    race = ["--systems", "llm2slm", "llm", "--instruction", 'Say "it".']
     with HubServer(tmp_path / "hub") as hub:
-        assert run(hub, home, "-c", PUSH_LLM, tmp_path / "llm").returncode == 0
-        push = ["-m", "llm2slm.cli", "push", "--run", checkpoint, "--repo-id", "tester/pair"]
-        assert run(hub, home, *push, "--llm-name", "tester/llm").returncode == 0
-        race = ["-m", "llm2slm.cli", "race", "tester/pair", "--space", "tester/race", "--systems", "llm2slm", "llm"]
-        pushed = run(hub, home, *race, "--instruction", 'Say "it".')
-        assert pushed.returncode == 0, pushed.stderr[-2000:]
-        inspected = run(hub, home, "-c", INSPECT, folder)
-        assert inspected.returncode == 0, inspected.stderr[-2000:]
-    assert json.loads(inspected.stdout)[0] == "The race of tester/pair"
+        printed = run(hub, tmp_path / "home", "-c", PUSH, tmp_path / "llm", checkpoint, folder, *race)
+    assert json.loads(printed.splitlines()[-1])[0] == "The race of tester/pair"
     card = (folder / "README.md").read_text()
     assert "sdk: gradio\n" in card and "app_file: app.py\n" in card and "- tester/pair\n" in card
     assert "torch>=" in (folder / "requirements.txt").read_text()

@@ -51,32 +51,54 @@ def same_weights(folder, other) -> bool:
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def start(recipe, folder) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "llm2slm.cli", *command(recipe, folder)],
+# Imports once, and starts a copy of itself for each command that it reads.
+STARTS = """
+import json, os, sys
+import llm2slm.training.run
+from llm2slm.cli.main import main
+
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        os._exit(main(json.loads(line)) or 0)
+    print("started", pid, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def starter():
+    """A process that trains in another one for each command written to it; both say all on its stdout."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTS],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
     )
+    with process:
+        yield process
 
 
-def test_killed_at_a_random_step_twice_the_weights_are_those_of_one_run(recipe, tmp_path, capfd):
+def test_killed_at_a_random_step_twice_the_weights_are_those_of_one_run(recipe, tmp_path, starter, capfd):
     assert cli.main(command(recipe, tmp_path / "whole")) is None
     folder, first = tmp_path / "killed", 0
     for attempt in range(2):
-        process, steps, resumed = start(recipe, folder), 0, None
         # Beyond the next checkpoint, so that each attempt gets further, and before the last one.
-        last = random.randint(SAVE_STEPS + 1, STEPS // 3)
-        for line in process.stdout:
-            if "resuming from" in line:
+        last, steps, resumed = random.randint(SAVE_STEPS + 1, STEPS // 3), 0, None
+        print(json.dumps(command(recipe, folder)), file=starter.stdin, flush=True)
+        for line in starter.stdout:
+            if line.startswith("started"):
+                pid = int(line.split()[1])
+            elif "resuming from" in line:
                 resumed = int(line.rstrip(".\n").rpartition("-")[2])
-            steps += line.startswith("{'loss'")
-            if steps == last:
-                process.send_signal(signal.SIGKILL)
+            elif line.startswith("{'loss'"):
+                steps += 1
+                if steps == last:
+                    os.kill(pid, signal.SIGKILL)
+            elif line.startswith("ended"):
                 break
-        process.stdout.close()
-        assert process.wait() == -signal.SIGKILL, f"it ended after {steps} steps, before it was killed"
+        assert line == f"ended {-signal.SIGKILL}\n", f"{steps} steps, and then: {line}"
         assert (resumed is None) == (attempt == 0) and (resumed or 0) == first
         assert not (folder / "run.json").exists()
         first = int(last_complete_checkpoint(folder).name.partition("-")[2])
