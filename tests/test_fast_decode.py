@@ -1,5 +1,6 @@
 """`generate(fast=True)` writes what `generate` writes. Most tests trace the step without generating code for it."""
 
+import functools
 import logging
 
 import pytest
@@ -37,14 +38,32 @@ def compiled_and_used(model):
     return bool(compiled) and not any(step.failed for step in compiled.values())
 
 
+@functools.cache
+def model_of(kind):
+    """
+    One model for all tests that change nothing of it. A step is compiled for each kind and number of responses: most
+    tests have six, as six prompts or with beams or samples of less.
+    """
+    return build_model("llama", kind)
+
+
+def of_kinds(*kinds):
+    """Each kind's tests on one worker, so that its step is compiled once."""
+    return pytest.mark.parametrize("kind", [pytest.param(kind, marks=on_one_worker(kind)) for kind in kinds])
+
+
+def on_one_worker(kind):
+    return pytest.mark.xdist_group(f"fast_decode_{kind}")
+
+
+SIX_PROMPTS = build_prompts((5, 9, 3, 7, 2, 8))
 # The penalty keeps random models from writing one token over and over.
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 3.0}
 
 
-def end_early(model, inputs):
-    """Makes a token that ends the first row's response before its longest time."""
-    ids = model.generate(**inputs, **GREEDY, eos_token_id=None)[0].tolist()
-    model.generation_config.eos_token_id = ids[6]
+def early_end(model, inputs) -> int:
+    """A token that ends the first row's response before its longest time."""
+    return model.generate(**inputs, **GREEDY, eos_token_id=None)[0].tolist()[6]
 
 
 @pytest.fixture
@@ -66,39 +85,37 @@ def deprecations(recwarn):
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("kind", SLM_KINDS)
+@of_kinds(*SLM_KINDS)
 def test_greedy_tokens_equal_the_plain_path_and_nothing_called_is_on_its_way_out(
     kind, notes, count_calls, deprecations
 ):
-    model = build_model("llama", kind)
-    prompts = build_prompts()
-    end_early(model, padded(prompts))
+    model = model_of(kind)
+    end = early_end(model, padded(SIX_PROMPTS))
     deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
     for side in ("left", "right"):
-        plain, fast = both(model, padded(prompts, side), **GREEDY)
+        plain, fast = both(model, padded(SIX_PROMPTS, side), **GREEDY, eos_token_id=end)
         assert torch.equal(plain, fast)
-    assert len(set(map(tuple, plain.tolist()))) == 3 and PAD in plain[:, 1:]
+    assert len(set(map(tuple, plain.tolist()))) > 2 and PAD in plain[:, 1:]
     assert len(llm_calls) == 4
     assert compiled_and_used(model) and not notes() and not deprecations()
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_the_step_that_inductor_compiles_writes_the_same_tokens(kind, notes, monkeypatch):
+# One response at a time, and three: each kind of SLM is compiled once.
+@pytest.mark.parametrize(("kind", "rows"), [("llama", 1), ("t5", 3)])
+def test_the_step_that_inductor_compiles_writes_the_same_tokens(kind, rows, notes, monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BACKEND", "inductor")
     model = build_model("llama", kind)
-    inputs = padded(build_prompts((7,)))
-    plain, fast = both(model, inputs, do_sample=False, max_new_tokens=20, eos_token_id=None)
-    assert torch.equal(plain, fast)
-    for options in ({"do_sample": True}, {"do_sample": False, "num_beams": 3}):
+    for prompts, options in ((rows, {"do_sample": False}), (rows, {"do_sample": True}), (1, {"num_beams": rows})):
+        inputs = padded(build_prompts((7, 4, 9)[:prompts]))
         plain, fast = both(model, inputs, **options, max_new_tokens=20, eos_token_id=None)
         assert torch.equal(plain, fast)
     assert compiled_and_used(model) and not notes()
 
 
-@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+@of_kinds("t5", "gpt2")
 def test_sampling_with_one_seed_gives_the_same_tokens(kind, deprecations):
-    model = build_model("llama", kind)
+    model = model_of(kind)
     options = {"do_sample": True, "top_k": 20, "temperature": 0.8, "num_return_sequences": 2, "max_new_tokens": 12}
     plain, fast = both(model, padded(build_prompts()), **options)
     other, _ = both(model, padded(build_prompts()), seed=1, **options)
@@ -106,21 +123,22 @@ def test_sampling_with_one_seed_gives_the_same_tokens(kind, deprecations):
     assert compiled_and_used(model) and not deprecations()
 
 
-@pytest.mark.parametrize("kind", SLM_KINDS)
+@of_kinds(*SLM_KINDS)
 def test_beams_are_those_of_the_plain_path(kind, notes, count_calls, deprecations):
-    model = build_model("llama", kind)
+    model = model_of(kind)
     inputs = padded(build_prompts()[:2])
-    end_early(model, inputs)
+    common = {**GREEDY, "eos_token_id": early_end(model, inputs)}
     deprecations()  # the test's own
     llm_calls = count_calls(model.llm)
-    for options in ({"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}):
-        plain, fast = both(model, inputs, **GREEDY, num_beams=4, **options)
+    for options in ({"num_return_sequences": 2}, {"length_penalty": 2.0, "early_stopping": True}):
+        plain, fast = both(model, inputs, **common, num_beams=3, **options)
         assert torch.equal(plain, fast)
-    assert not torch.equal(plain, model.generate(**inputs, **GREEDY))
+    assert not torch.equal(plain, model.generate(**inputs, **common))
     assert len(llm_calls) == 5
     assert compiled_and_used(model) and not notes() and not deprecations()
 
 
+@on_one_worker("llama")
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,10 +152,9 @@ def test_beams_are_those_of_the_plain_path(kind, notes, count_calls, deprecation
 def test_beams_end_where_those_of_the_plain_path_do(options):
     if "stopping_criteria" in options:
         options = {"stopping_criteria": StoppingCriteriaList([RowsOfTokens()])}
-    model = build_model("llama", "llama")
+    model = model_of("llama")
     inputs = padded(build_prompts((7, 4)))
-    end_early(model, inputs)
-    ends = [model.generation_config.eos_token_id, 5]
+    ends = [early_end(model, inputs), 5]
     plain, fast = both(model, inputs, **{**GREEDY, "num_beams": 3, "eos_token_id": ends, **options})
     assert torch.equal(plain, fast) and compiled_and_used(model)
 
@@ -146,8 +163,12 @@ def test_beams_end_where_those_of_the_plain_path_do(options):
 def test_sampled_beams_a_cache_outgrown_and_greedy_behind_them(kind, notes, monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BLOCK", 8)
     model = build_model("llama", kind)
-    inputs = padded(build_prompts((5, 9)))
-    for options in ({"num_beams": 2, "do_sample": True}, {"num_beams": 2, "do_sample": False}, {"do_sample": False}):
+    two, four = padded(build_prompts((5, 9))), padded(build_prompts((5, 9, 3, 7)))
+    for inputs, options in (
+        (two, {"num_beams": 2, "do_sample": True}),
+        (two, {"num_beams": 2, "do_sample": False}),
+        (four, {"do_sample": False}),
+    ):
         plain, fast = both(model, inputs, max_new_tokens=30, eos_token_id=None, **options)
         assert torch.equal(plain, fast)
     assert min(cache_lengths(model)) > 30
@@ -180,33 +201,27 @@ def test_a_prompt_of_exactly_a_block_and_a_response_of_one_token(monkeypatch):
             assert torch.equal(plain, fast) and fast.shape == (1, max_new_tokens)
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@of_kinds("t5", "llama")
 def test_calls_of_other_lengths_compile_nothing_and_see_nothing_of_earlier_ones(kind):
-    model = build_model("llama", kind)
-    both(model, padded(build_prompts((20, 11))), do_sample=False, max_new_tokens=20, eos_token_id=None)
+    model = model_of(kind)
+    both(model, padded(build_prompts((20, 11) * 3)), do_sample=False, max_new_tokens=20, eos_token_id=None)
     graphs = counters["stats"]["unique_graphs"]
-    for lengths, max_new_tokens in (((4, 7), 9), ((30, 3), 25)):
+    for lengths, max_new_tokens in (((4, 7) * 3, 9), ((30, 3) * 3, 25)):
         inputs = padded(build_prompts(lengths, seed=max_new_tokens))
         plain, fast = both(model, inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None)
         assert torch.equal(plain, fast)
     assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
-def test_new_weights_are_used_by_the_compiled_step():
+def test_new_weights_and_a_module_changed_between_two_calls_are_seen():
     model = build_model("llama", "llama")
     inputs = padded(build_prompts((6,)))
-    before, _ = both(model, inputs, do_sample=False, max_new_tokens=12)
+    old, _ = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
     with torch.no_grad():
         for parameter in model.slm.parameters():
             parameter.mul_(-1)
-    plain, fast = both(model, inputs, do_sample=False, max_new_tokens=12)
-    assert torch.equal(plain, fast) and not torch.equal(plain, before)
-
-
-def test_a_module_changed_between_two_calls_is_seen():
-    model = build_model("llama", "llama")
-    inputs = padded(build_prompts((6,)))
-    before, _ = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    before, fast = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(before, fast) and not torch.equal(before, old)
     mlp = model.slm.model.layers[0].mlp
     mlp.down_proj = torch.nn.Sequential(mlp.down_proj, torch.nn.Linear(SLM_HIDDEN, SLM_HIDDEN))
     plain, fast = both(model, inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
@@ -250,9 +265,9 @@ class RowsOfTokens(StoppingCriteria):
         return input_ids[:, -1] % 2 == 1
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@of_kinds("t5", "llama")
 def test_streamers_processors_and_stopping_criteria_are_heard(kind):
-    model = build_model("llama", kind)
+    model = model_of(kind)
     inputs = padded(build_prompts((6,)))
     recorders = [Recorder(), Recorder()]
     options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 3, "repetition_penalty": 1.5}
@@ -260,7 +275,7 @@ def test_streamers_processors_and_stopping_criteria_are_heard(kind):
         model.generate(**inputs, streamer=recorder, fast=fast, **options)
     assert recorders[0].puts == recorders[1].puts and recorders[1].ended == 1
     options["stopping_criteria"] = StoppingCriteriaList([RowsOfTokens()])
-    plain, fast = both(model, padded(build_prompts((6, 3, 8, 5))), **options)
+    plain, fast = both(model, padded(SIX_PROMPTS), **options)
     assert torch.equal(plain, fast)
     assert compiled_and_used(model)
 
@@ -308,8 +323,14 @@ def half_way(graph, inputs):
     return run
 
 
-@pytest.mark.parametrize("backend, reason", [(no_compiler, "no compiler here"), (half_way, "it does not run")])
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "backend", "reason"),
+    [
+        ("llama", no_compiler, "no compiler here"),
+        ("llama", half_way, "it does not run"),
+        ("t5", half_way, "it does not run"),
+    ],
+)
 def test_a_step_that_does_not_compile_or_run_is_run_as_it_is(kind, backend, reason, notes, monkeypatch):
     monkeypatch.setattr(decoding_llm2slm, "BACKEND", backend)
     model = build_model("llama", kind)
