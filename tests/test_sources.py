@@ -93,10 +93,10 @@ def test_a_test_split_that_cannot_be_read_stops_the_training(tmp_path):
     more = write(tmp_path / "more.jsonl", LABELLED)
     options = TrainOptions(data=str(tmp_path / "data"), llm="llm", slm="slm", more_data=[more])
     with pytest.raises(ValueError, match=r"split 'test'.*prompt"):
-        add_sources(options, rows, None, lambda pairs, *_: pairs)
+        add_sources(options, None, rows, None)
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "without")
     options = TrainOptions(data=str(tmp_path / "without"), llm="llm", slm="slm", more_data=[more])
-    assert len(add_sources(options, rows, None, lambda pairs, *_: pairs)[0]) == len(GOLD) + len(LABELLED)
+    assert len(add_sources(options, None, rows, None)[0]) == len(GOLD) + len(LABELLED)
 
 
 def test_a_teacher_reads_both_sources(train, files):

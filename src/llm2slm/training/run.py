@@ -30,7 +30,7 @@ from .run_folder import (
     write_folder,
 )
 from .sources import WeighingCollator, check_sources, scale_weights
-from .teacher import Teaching, check_teacher, describe_counts, teach, teachers_format
+from .teacher import Teaching, describe_counts, find_teacher, teach
 from .token_loss import TokenLossTrainer
 from .trainer import FreedMemory, SecondsInLog, SimilarLengthTrainer, TrainerOptions, parameter_groups
 
@@ -80,10 +80,9 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
             shutil.rmtree(folder / TEACHER, ignore_errors=True)
             _say(training, f"This training is finished: its result is in {folder}.")
             return
-        if options.teacher:
-            check_teacher(options)
+        teacher = find_teacher(options)
         check_sources(options)
-        (pairs, more_pairs), parts = setup.load_splits(options), setup.find_parts(options)
+        (pairs, more_pairs), parts = setup.load_splits(options, teacher), setup.find_parts(options)
         if parts is not None:
             _say(training, describe_parts(options.data, parts))
         if options.arm != "llm" and not (folder / START).exists():
@@ -99,8 +98,10 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
             examples = setup.cache_features(options, examples, model)
             model.llm = None
         teaching = None
-        if options.teacher:
-            examples["train"], teaching = teach(options, examples["train"], tokenizer, training.device, folder)
+        if teacher is not None:
+            examples["train"], teaching = teach(
+                options, teacher, examples["train"], tokenizer, training.device, folder
+            )
             if cut := describe_counts(teaching.counts):
                 _say(training, cut)
         if options.more_data:
@@ -123,6 +124,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         set_seed(training.seed)
         model = setup.with_lora(options, model)
     parameters["trained"] = record.count_trained(model)
+    report = _describe(options, recipe, examples, parts, more_pairs, teaching, parameters)
     _check_disk(folder, model, training)
 
     trainer = trainer_class(
@@ -146,7 +148,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         metrics = _load_trained(trainer, checkpoint)
     else:
         metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    finish(options, training, recipe, folder, trainer, examples, parts, more_pairs, teaching, parameters, metrics)
+    finish(options, training, folder, trainer, metrics, report)
 
 
 def _steps_left(checkpoint: Path) -> int:
@@ -162,32 +164,9 @@ def _load_trained(trainer: Seq2SeqTrainer, checkpoint: Path) -> dict[str, float]
     return {"epoch": trainer.state.epoch, "total_flos": trainer.state.total_flos}
 
 
-def finish(
-    options, training, recipe, folder: Path, trainer, examples, parts, more_pairs, teaching, parameters, metrics
-) -> None:
-    """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
-    trainer.save_metrics("train", metrics, combined=False)
-    trainer.save_state()
-    history, eval_loss = list(trainer.state.log_history), None
-    if "validation" in examples:
-        evaluation = trainer.evaluate()
-        trainer.save_metrics("eval", evaluation, combined=False)
-        eval_loss = evaluation["eval_loss"]
-    aside = folder / "result.part"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(aside, ignore_errors=True)
-    merges = options.lora_r is not None and options.arm != "llm"
-    if merges:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    trainer.save_model(str(aside))
-    if not trainer.is_world_process_zero():
-        return
-    (aside / "training_args.bin").unlink()  # a pickle, which no one needs to load the model
-    move_to_top(aside, folder)
-
-    losses = [entry for entry in history if "loss" in entry]
-    record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png", taught=teaching is not None)
-    content = {
+def _describe(options, recipe, examples, parts, more_pairs, teaching: Teaching | None, parameters) -> dict[str, Any]:
+    """What `run.json` says of a training before its first step."""
+    return {
         "arm": options.arm,
         "recipe": {name: value for name, value in recipe.items() if name not in ELSEWHERE},
         "llm": _source(options.llm) if options.llm else None,
@@ -204,19 +183,42 @@ def finish(
             "completion_format": options.completion_format,
         },
         "parameters": parameters,
-        "train": {
-            "seconds": history[-1]["seconds"],
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "final_loss": losses[-1]["loss"] if losses else None,
-            "eval_loss": eval_loss,
-            "peak_memory_gib": peak_memory_gib(),
-        },
-        "versions": versions(),
-        "machine": machine(),
-        "seed": training.seed,
     }
-    write_json(folder / REPORT, content, replace=True)
+
+
+def finish(options, training, folder: Path, trainer, metrics: dict[str, float], report: dict[str, Any]) -> None:
+    """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
+    trainer.save_metrics("train", metrics, combined=False)
+    trainer.save_state()
+    history, eval_loss = list(trainer.state.log_history), None
+    if trainer.eval_dataset is not None:
+        evaluation = trainer.evaluate()
+        trainer.save_metrics("eval", evaluation, combined=False)
+        eval_loss = evaluation["eval_loss"]
+    aside = folder / "result.part"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    merges = options.lora_r is not None and options.arm != "llm"
+    if merges:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.save_model(str(aside))
+    if not trainer.is_world_process_zero():
+        return
+    (aside / "training_args.bin").unlink()  # a pickle, which no one needs to load the model
+    move_to_top(aside, folder)
+
+    losses = [entry for entry in history if "loss" in entry]
+    record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png", taught=options.teacher != "")
+    report["train"] = {
+        "seconds": history[-1]["seconds"],
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "final_loss": losses[-1]["loss"] if losses else None,
+        "eval_loss": eval_loss,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    report |= {"versions": versions(), "machine": machine(), "seed": training.seed}
+    write_json(folder / REPORT, report, replace=True)
     for made_first in (START, TEACHER):
         shutil.rmtree(folder / made_first, ignore_errors=True)
     _say(training, f"Finished: {shown(folder)}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
@@ -236,11 +238,11 @@ def _slm_source(options: TrainOptions) -> dict[str, Any]:
 
 
 def _teacher_source(options: TrainOptions, teaching: Teaching) -> dict[str, Any]:
-    return _source(options.teacher) | {
+    return _source(teaching.teacher.name) | {
         "weight": options.teacher_weight,
         "temperature": options.teacher_temperature,
         "top_k": options.teacher_top_k,
-        "prompt_format": teachers_format(options),
+        "prompt_format": teaching.teacher.prompt_format,
         "distributions": teaching.folder.name,
         **teaching.counts,
     }

@@ -35,7 +35,7 @@ from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .options import TrainOptions
 from .sources import add_sources
-from .teacher import add_teachers_prompts
+from .teacher import Teacher, load_taught_pairs
 from .trainer import LENGTH
 
 FRESH_VOCAB_SIZE = 8192
@@ -44,23 +44,18 @@ PAD_TO_MULTIPLE_OF = 8  # fewer different sizes: freed memory fits the next batc
 
 
 # --------------------------------------------------------------------------------------------------- pairs to examples
-def load_splits(options: TrainOptions) -> tuple[dict[str, Dataset], dict[str, int]]:
+def load_splits(options: TrainOptions, teacher: Teacher | None = None) -> tuple[dict[str, Dataset], dict[str, int]]:
     """The pairs of `train` and, unless there is no evaluation, `validation`; and how many `more_data` adds."""
-    named = {"train": options.train_split, "validation": options.validation_split}
-    limits = {"train": options.max_train_pairs, "validation": options.max_validation_pairs}
-    splits = {
-        name: load_pairs(options.data, split, options.prompt_format, options.completion_format, limits[name])
-        for name, split in named.items()
-        if split != "none"
-    }
-
-    def with_teachers(pairs: Dataset, source: str, split: str, max_pairs: int | None = None) -> Dataset:
-        return add_teachers_prompts(options, pairs, source, split, max_pairs) if options.teacher else pairs
-
+    train = load_taught_pairs(options, teacher, options.data, options.train_split, options.max_train_pairs)
+    splits = {"train": train}
+    if options.validation_split != "none":
+        formats = options.prompt_format, options.completion_format
+        splits["validation"] = load_pairs(
+            options.data, options.validation_split, *formats, options.max_validation_pairs
+        )
     more: dict[str, int] = {}
-    splits["train"] = with_teachers(splits["train"], options.data, options.train_split, options.max_train_pairs)
     if options.more_data:
-        splits["train"], more = add_sources(options, splits["train"], splits.get("validation"), with_teachers)
+        splits["train"], more = add_sources(options, teacher, splits["train"], splits.get("validation"))
     return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 
@@ -180,8 +175,9 @@ def write_start(options: TrainOptions, pairs: dict[str, Dataset], device: torch.
         return
     if options.llm_tokenizer == "trimmed":
         llm_tokenizer = limit_tokenizer(llm_tokenizer, slm_tokenizer)
-    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer, format_of_text(options.prompt_format))
-    model = compose(options, slm, token_ids)
+    prompt_format = format_of_text(options.prompt_format)
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(llm_tokenizer, slm_tokenizer, prompt_format)
+    model = compose(options, slm, token_ids, prompt_format)
     if options.start == "zero":
         start_at_zero(model)
     alone = options.arm == "slm"
@@ -249,7 +245,7 @@ def set_generation(model: LLM2SLMForConditionalGeneration, max_new_tokens: int, 
     config._from_model_config = False
 
 
-def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | None):
+def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | None, prompt_format: str | None):
     """LLM, projector and SLM; `token_ids` are the LLM's ids of the SLM's tokens if the two share a tokenizer."""
     token_mapping: dict[str, Any] = {}
     if token_ids is not None:
@@ -269,7 +265,7 @@ def compose(options: TrainOptions, slm: PreTrainedModel, token_ids: list[int] | 
         projector_type=options.projector_type,
         projector_hidden_size=options.projector_hidden_size,
         projector_norm=None if options.projector_norm == "none" else options.projector_norm,
-        prompt_format=format_of_text(options.prompt_format),
+        prompt_format=prompt_format,
         **token_mapping,
     )
 
@@ -279,15 +275,17 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
     source = options.slm
     if source == "slice":
         source = options.slice_of or options.llm
-    # Its tokens are those it writes and, where it or the LLM reads in its tokens, those of the prompts.
-    adds_own = options.fusion == "add" and options.slm_tokenizer == "trimmed"
-    reads = options.arm == "slm" or adds_own or options.llm_tokenizer == "trimmed"
-    if options.slm_tokenizer == "trimmed":
-        tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts_of(pairs, llm_tokenizer, reads), options.vocab_size)
-    elif source == "fresh" and options.slm_tokenizer == "own":
-        vocab_size = options.vocab_size or FRESH_VOCAB_SIZE
-        tokenizer, token_ids = train_tokenizer(texts_of(pairs, llm_tokenizer, reads), vocab_size), None
-        tokenizer.chat_template = llm_tokenizer and llm_tokenizer.chat_template  # both read the same text
+    is_trimmed = options.slm_tokenizer == "trimmed"
+    if is_trimmed or (source == "fresh" and options.slm_tokenizer == "own"):
+        # Its tokens are those it writes and, where it or the LLM reads in its tokens, those of the prompts.
+        adds_own = options.fusion == "add" and is_trimmed
+        reads = options.arm == "slm" or adds_own or options.llm_tokenizer == "trimmed"
+        texts = texts_of(pairs, llm_tokenizer, reads)
+        if is_trimmed:
+            tokenizer, token_ids = trim_tokenizer(llm_tokenizer, texts, options.vocab_size)
+        else:
+            tokenizer, token_ids = train_tokenizer(texts, options.vocab_size or FRESH_VOCAB_SIZE), None
+            tokenizer.chat_template = llm_tokenizer and llm_tokenizer.chat_template  # both read the same text
     else:
         tokenizer = llm_tokenizer if source in ("fresh", options.llm) else load_tokenizer(source)
         shared = llm_tokenizer is not None and tokenizer.get_vocab() == llm_tokenizer.get_vocab()
@@ -299,7 +297,7 @@ def build_slm(options: TrainOptions, llm_tokenizer, pairs: Dataset) -> tuple[Any
     else:
         slm = load_slm(source, dtype="float32")
         if options.slm == "slice":
-            slm = slice_lm(slm, options.slm_layers or [], token_ids if options.slm_tokenizer == "trimmed" else None)
+            slm = slice_lm(slm, options.slm_layers or [], token_ids if is_trimmed else None)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 # The labels end in the tokenizer's end token, whatever the source said (Transformers 4 misreads GGUF).
                 setattr(slm.config, name, getattr(tokenizer, name))

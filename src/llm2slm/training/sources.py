@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..data.pairs import MissingSplitError, load_pairs, load_rows, make_texts
+from ..data.pairs import MissingSplitError, load_rows, make_texts
 from .options import TrainOptions
+from .teacher import Teacher, load_taught_pairs
 
 WEIGHT = "token_weight"  # the column: what each token of a pair's response counts
 WEIGHTS = "token_weights"  # of a batch
@@ -42,16 +43,16 @@ def check_sources(options: TrainOptions) -> None:
 
 
 def add_sources(
-    options: TrainOptions, pairs: Dataset, validation: Dataset | None, add: Callable[[Dataset, str, str], Dataset]
+    options: TrainOptions, teacher: Teacher | None, pairs: Dataset, validation: Dataset | None
 ) -> tuple[Dataset, dict[str, int]]:
     r"""
     The pairs of `train` and, behind them, those of `options.more_data`, with the column `token_weight`.
 
     Args:
         options ([`TrainOptions`]): `data`, `more_data` and what goes with them.
+        teacher ([`Teacher`], *optional*): Who teaches.
         pairs (`datasets.Dataset`): The pairs of `data` that are learned from.
         validation (`datasets.Dataset`, *optional*): Those that are evaluated on.
-        add (`Callable`): Adds what else is known of each pair, given a source's pairs, its name and the split.
 
     Returns:
         The pairs of all sources, and how many each of `more_data` has.
@@ -68,10 +69,9 @@ def add_sources(
     sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
     for name in options.more_data:
         split = "all" if os.path.isfile(name) else "train"
-        rows = load_pairs(name, split, options.prompt_format, options.completion_format)
+        rows = load_taught_pairs(options, teacher, name, split)
         if rows.features["prompt"] != pairs.features["prompt"]:
             raise ValueError(f"{name!r} and {options.data!r} must both have texts, or both chats.")
-        rows = add(rows, name, split)
         kept = [number for number, prompt in enumerate(rows["prompt"]) if _key(prompt) not in held_out]
         if not kept:
             raise ValueError(f"Every prompt of {name!r} is one that {options.data!r} is evaluated on.")

@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from ..building.tokenizers import find_token_ids, first_pieces
 from ..data.collator import DataCollatorForLLM2SLM, encode_pairs
-from ..data.pairs import load_rows, make_texts
+from ..data.pairs import load_pairs, load_rows, make_texts
 from ..data.teacher_distributions import cache_distributions, find_distributions
 from ..language_models import check_positions, load_model, load_models_tokenizer, response_logits
 from ..loading_llm2slm import load_tokenizer
@@ -36,41 +36,62 @@ RECORD = "teacher.json"
 END = -1  # where the end token begins, which is in no text
 
 
+class Teacher(NamedTuple):
+    """
+    A teacher that is there and fits the student.
+
+    Args:
+        name (`str`): A folder, or a name on the Hub.
+        trained_llm (`str`, *optional*): What the training of an adapter called its base model.
+        prompt_format (`str`, *optional*): How the prompts that it reads are made of a row's columns.
+    """
+
+    name: str
+    trained_llm: str | None
+    prompt_format: str | None
+
+
 class Teaching(NamedTuple):
     """
     What a training has of its teacher.
 
     Args:
+        teacher ([`Teacher`]): Who teaches.
         folder (`Path`): The cache of its distributions.
         token_map (`torch.LongTensor`): The student's id of each of its ids, -1 for none.
         counts (`dict[str, int]`): Responses, those that it cuts otherwise, tokens, and those without a distribution.
     """
 
+    teacher: Teacher
     folder: Path
     token_map: torch.Tensor
     counts: dict[str, int]
 
 
 # ------------------------------------------------------------------------------------------- before anything is loaded
-def check_teacher(options: TrainOptions) -> None:
+def find_teacher(options: TrainOptions) -> Teacher | None:
     """
-    Checks, by the tokenizers alone, that the teacher is there and fits the student.
+    The teacher, if there is to be one. By the tokenizers alone, checks that it is there and fits the student. It reads
+    the form of prompts that is given, else that of its own training, else the student's.
 
     Raises:
         OSError: if there is no such teacher.
         ValueError: if its tokenizer is not the student's.
     """
-    tokenizer = _load_teachers_tokenizer(options.teacher).slm_tokenizer
+    if not options.teacher:
+        return None
+    run = read_run(options.teacher)
+    trained_llm, prompt_format = (run["llm"] or {}).get("name_or_path"), options.teacher_prompt_format
+    if prompt_format is None:
+        prompt_format = run["data"].get("prompt_format") if run["data"] else options.prompt_format
+    tokenizer = load_models_tokenizer(options.teacher, trained_llm=trained_llm).slm_tokenizer
     by_llm = options.arm == "llm" or options.slm_tokenizer != "own"
     source = options.llm if by_llm else (options.slice_of or options.llm) if options.slm == "slice" else options.slm
     students = load_tokenizer(source)
     # One of a trimmed student may be the same: that is seen when it has been trimmed.
     if find_token_ids(tokenizer, students) is None and find_token_ids(students, tokenizer) is None:
         raise _other_tokenizer(options.teacher, len(tokenizer), f"{source!r}", len(students))
-
-
-def _load_teachers_tokenizer(name: str) -> LLM2SLMTokenizer:
-    return load_models_tokenizer(name, trained_llm=(read_run(name)["llm"] or {}).get("name_or_path"))
+    return Teacher(options.teacher, trained_llm, prompt_format)
 
 
 def _other_tokenizer(teacher: str, tokens: int, student: str, students_tokens: int) -> ValueError:
@@ -82,39 +103,33 @@ def _other_tokenizer(teacher: str, tokens: int, student: str, students_tokens: i
     )
 
 
-def teachers_format(options: TrainOptions) -> str | None:
-    """The form of the prompts that the teacher reads: the one given, that of its training, or the student's."""
-    if options.teacher_prompt_format is not None:
-        return options.teacher_prompt_format
-    trained = read_run(options.teacher)["data"]
-    return trained.get("prompt_format") if trained else options.prompt_format
-
-
-def add_teachers_prompts(
-    options: TrainOptions, pairs: Dataset, source: str, split: str, max_pairs: int | None = None
+def load_taught_pairs(
+    options: TrainOptions, teacher: Teacher | None, source: str, split: str, max_pairs: int | None = None
 ) -> Dataset:
-    """A source's pairs, as they were read, with the prompts that the teacher reads as another column."""
-    prompt_format = teachers_format(options)
-    if prompt_format == options.prompt_format:
+    """A source's pairs and, with a teacher, the prompts that it reads as another column."""
+    pairs = load_pairs(source, split, options.prompt_format, options.completion_format, max_pairs)
+    if teacher is None:
+        return pairs
+    if teacher.prompt_format == options.prompt_format:
         return pairs.add_column(PROMPT, pairs["prompt"][:])
     rows = load_rows(source, split, max_pairs, options.prompt_format)
-    texts = make_texts(rows, {"prompt": prompt_format}, f"{source!r}, for the teacher")
+    texts = make_texts(rows, {"prompt": teacher.prompt_format}, f"{source!r}, for the teacher")
     return pairs.add_column(PROMPT, texts["prompt"][:])
 
 
 # ------------------------------------------------------------------------------------------------------- distributions
 def teach(
-    options: TrainOptions, examples: Dataset, tokenizer, device: torch.device, folder: Path
+    options: TrainOptions, teacher: Teacher, examples: Dataset, tokenizer, device: torch.device, folder: Path
 ) -> tuple[Dataset, Teaching]:
     r"""
     Runs the teacher for the pairs whose distributions are not kept yet; it is not loaded if there are none and this
     training has loaded it before.
 
     Args:
-        options ([`TrainOptions`]): `teacher` and what goes with it.
+        options ([`TrainOptions`]): What is kept of its distributions, and where.
+        teacher ([`Teacher`]): Who teaches.
         examples (`datasets.Dataset`):
-            The pairs that are learned from, with `labels`, the student's, and the prompts of
-            [`add_teachers_prompts`].
+            The pairs that are learned from, with `labels`, the student's, and the prompts of [`load_taught_pairs`].
         tokenizer: The student's.
         device (`torch.device`): Where the teacher runs.
         folder (`Path`): The training's.
@@ -135,21 +150,20 @@ def teach(
         pairs = _encode(options, examples, teachers)
         places = find_distributions(cache, pairs)
     if places is None:
-        teachers, cache, pairs, places = _run(options, examples, student, device, cache_dir)
+        teachers, cache, pairs, places = _run(options, teacher, examples, student, device, cache_dir)
         gc.collect()
         if not record.exists():
             write_folder(record, lambda path: _write_record(path, teachers, cache))
-    token_map = _token_map(teachers, student, options.teacher)
+    token_map = _token_map(teachers, student, teacher.name)
     positions, counts = _positions(examples, pairs, student, teachers.slm_tokenizer, token_map)
     examples = examples.remove_columns(PROMPT).add_column(PLACE, places).add_column(POSITIONS, positions)
-    return examples, Teaching(cache, token_map, counts)
+    return examples, Teaching(teacher, cache, token_map, counts)
 
 
-def _run(options: TrainOptions, examples: Dataset, student, device: torch.device, cache_dir: Path):
+def _run(options: TrainOptions, teacher: Teacher, examples: Dataset, student, device: torch.device, cache_dir: Path):
     """The teacher's tokenizer, the cache, the pairs in the teacher's tokens and the places of their distributions."""
-    trained_llm = (read_run(options.teacher)["llm"] or {}).get("name_or_path")
-    model, teachers = load_model(options.teacher, device=str(device), trained_llm=trained_llm)
-    _token_map(teachers, student, options.teacher)
+    model, teachers = load_model(teacher.name, device=str(device), trained_llm=teacher.trained_llm)
+    _token_map(teachers, student, teacher.name)
     pairs = _encode(options, examples, teachers)
     check_positions(
         model.config,
