@@ -30,7 +30,7 @@ def least(path: Path) -> dict:
     answers = [first_sentence(prompt) if summarizes else prompt for prompt in pairs["prompt"]]
     scores = {}
     for name in METRICS:
-        statistics = compute_statistics(name, answers, pairs["completion"])
+        statistics = compute_statistics(name, answers, pairs["completion"], pairs["prompt"][:])
         low, high = interval(statistics)
         scores[name] = {"score": statistics.score, "low": low, "high": high, "signature": statistics.signature}
     return {

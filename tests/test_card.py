@@ -86,7 +86,7 @@ def test_metadata_is_what_the_hub_reads(files, run):
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text2text-generation", "mit")
     assert data.base_model == [LLM, "tester/t5"] and data.base_model_relation == "finetune"
     assert data.tags == ["llm2slm", "custom_code"] and data.language == ["en"]
-    assert data.metrics == ["bleu", "chrf", "rouge", "exact_match"]
+    assert data.metrics == ["bleu", "chrf", "rouge", "exact_match", "copied_words", "repeating"]
     results = {result.metric_name: result for result in data.eval_results}
     assert results["chrF"].metric_value == round(report["scores"]["chrf"]["score"], 2)
     assert {result.dataset_name for result in results.values()} == {"spelling"}
@@ -122,6 +122,39 @@ def test_other_systems_stand_beside_it_with_paired_tests(files, run):
     rows = re.findall(r"^\| (run-\w+|named) \|", text, re.MULTILINE)
     assert rows == ["named", "run-slm", "run-llm", "run-slm", "run-llm"]  # scores, then differences to the first
     assert "| Minus named |" in text
+
+
+def outside_report(files, tmp_path):
+    """A report on other text, of four made-up responses, the second of them bad, the last bad and long."""
+    report = recorded(files / "llm2slm.json")
+    report["data"] |= {"source": str(tmp_path / "elsewhere")}
+    report["scores"]["chrf"]["score"] = 12.34
+    texts = [("w1 w0", "abab", "abab"), ("w2 w0", "zz\nzz", "abab"), ("w3 w0", "ab", "abab"), ("w4 " * 99, "", "ab")]
+    path = tmp_path / "outside.json"
+    path.write_text(json.dumps(report))
+    rows = [{"prompt": prompt, "completion": right, "response": text} for prompt, text, right in texts]
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_text_it_is_for_and_its_worst_on_other_text(files, run, tmp_path):
+    options = ["--slm-name", "tester/t5", "--license", "mit", "--report", files / "llm2slm.json"]
+    assert "Nothing was measured on other text" in card(run, *options).text
+    outside = ["--outside", outside_report(files, tmp_path), "--meant-for", "spelling of words."]
+    text = card(run, *options, *outside).text
+    assert "**For** spelling of words.\n\n## Use" in text
+    assert "Nothing was measured of how its responses may mislead or harm." in text
+    chrf = recorded(files / "llm2slm.json")["scores"]["chrf"]["score"]
+    assert "- On other text, the split `test` of `elsewhere` (4 examples, greedy decoding): BLEU " in text
+    assert f", chrF 12.3 in place of {chrf:.1f}, " in text
+    assert "> w2\n\nbecame\n\n> zz\n> zz\n\n## Licence" in text
+
+
+def test_a_report_on_other_text_is_of_this_model(files, run, tmp_path, capsys):
+    path = outside_report(files, tmp_path)
+    path.write_text(path.read_text().replace("run-llm2slm", "run-other"))
+    names = ["--run", run, "--llm-name", LLM, "--slm-name", "tester/t5", "--license", "mit"]
+    assert_error(capsys, "run-other', not of", *names, "--outside", path)
 
 
 def test_without_a_report_nothing_is_said_of_quality(run):

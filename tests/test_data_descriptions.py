@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 import build_descriptions  # noqa: E402
@@ -288,6 +288,39 @@ def test_two_splits_share_no_eight_words_in_a_row(summaries, translations, side)
         assert not train & validation and not train & test and not validation & test
 
 
+def prompts_of(dataset):
+    return {row["package"]: row["prompt"] for row in dataset}
+
+
+def test_more_prompts_are_what_has_no_translation(lists, translations):
+    more = build_descriptions.build_more_prompts(lists, "translate", translations)
+    assert {split: dataset.column_names for split, dataset in more.items()} == {"train": ["prompt", "package"]}
+    found = prompts_of(more["train"])
+    assert {"ladder", "lantern-it", "short"} <= set(found)
+    assert found["ladder"].endswith("one rung after the other, and tells you what it has seen.")
+    assert not {"kettle", "list-only", "tool0"} & set(found)  # translated, or no prose
+    assert "lantern-sv" not in found  # near-identical to lantern-it
+
+
+def test_more_prompts_are_descriptions_whose_synopsis_is_no_good(lists, summaries):
+    found = prompts_of(build_descriptions.build_more_prompts(lists, "summarize", summaries)["train"])
+    assert not {row["prompt"] for split in summaries.values() for row in split} & set(found.values())
+    assert "kettle-doc" not in found and "transition" not in found  # near-identical to a pair's; of a part
+    assert set(found) == {"ladder"}  # its synopsis has too few of its words
+
+
+@pytest.mark.parametrize("side", ["prompt", "completion"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_no_further_prompt_shares_eight_words_in_a_row_with_what_is_held_out(lists, translations, split, side):
+    ladder = prompts_of(build_descriptions.build_more_prompts(lists, "translate", translations)["train"])["ladder"]
+    row = {"prompt": "Nothing.", "completion": "Nichts.", "package": "x"}
+    for number, is_there in ((7, True), (8, False)):
+        leak = Dataset.from_list([row | {side: "a " + " ".join(ladder.split()[-number:]).upper()}])
+        data = DatasetDict(translations | {split: leak})
+        more = prompts_of(build_descriptions.build_more_prompts(lists, "translate", data)["train"])
+        assert ("ladder" in more) == is_there
+
+
 def test_the_sources_stand_in_the_saved_data_set(lists, summaries, tmp_path):
     summaries.save_to_disk(str(tmp_path / "data"))
     info = load_from_disk(str(tmp_path / "data"))["test"].info
@@ -367,5 +400,7 @@ def test_an_output_that_is_something_else_is_refused(lists, tmp_path, capsys):
 def test_the_script_runs_by_its_command(lists, tmp_path):
     script = Path(build_descriptions.__file__)
     command = [sys.executable, str(script), "--task", "summarize", "--lists", str(lists), "--output", "data"]
+    command += ["--more-prompts", "more"]
     subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PATH": "/nonexistent"})
     assert len(load_from_disk(str(tmp_path / "data"))) == 3
+    assert list(load_from_disk(str(tmp_path / "more"))) == ["train"]

@@ -165,6 +165,38 @@ def test_the_text_is_the_one_that_published_results_used(data):
     }
 
 
+@pytest.fixture(scope="module")
+def more(data):
+    return build_simplify.build_more_prompts(data)["train"]
+
+
+def test_more_prompts_are_the_same_verses_in_modern_english(rows, more):
+    known = {row["verse"]: row["prompt"] for row in rows}
+    assert more.column_names == ["prompt", "verse"] and 25_000 < len(more) < 31_000
+    pairs = [(known[row["verse"]], row["prompt"]) for row in more if row["verse"] in known]
+    assert len(pairs) > 25_000 and name_overlap(pairs) > 0.85
+    texts = dict(zip(more["verse"], more["prompt"], strict=True))
+    assert texts["John 11:35"] == "Jesus wept."
+    assert not [text for text in texts.values() if re.search(r"[][{}\\`]|^\d", text)]
+
+
+def test_no_further_prompt_leaks_what_is_held_out(data, more):
+    held_out = [row for split in ("validation", "test") for row in data[split]]
+    verses = {row["verse"] for row in held_out}
+    modern = build_simplify.read_web_verses()
+    assert verses <= set(modern) and not verses & set(more["verse"])
+    texts = [row[side] for row in held_out for side in SIDES] + [modern[verse] for verse in verses]
+    held_out_runs = set().union(*(runs(text, 8) for text in texts))
+    assert not [text for text in more["prompt"] if runs(text, 8) & held_out_runs]
+
+
+def test_main_writes_more_prompts_on_request(more, tmp_path, capsys):
+    output, prompts = tmp_path / "simplify", tmp_path / "more"
+    build_simplify.main(["--output", str(output), "--more-prompts", str(prompts)])
+    assert f"Verses without a right response: {len(more):,}" in capsys.readouterr().out
+    assert load_from_disk(str(prompts))["train"][:] == more[:]
+
+
 def test_split_of_a_verse_depends_on_its_group_alone():
     rows = [{"prompt": f"verse {word}", "completion": word} for word in ("one", "two", "three")]
     shares = {"test_share": 0.5, "validation_share": 0.25}

@@ -155,7 +155,8 @@ def test_report_of_each_kind_of_model(kind, folders, data, tmp_path, capsys):
     assert report["system"] == kind and report["model"] == folders[kind]
     assert report["data"]["fingerprint"] == hash_texts(load_pairs(data, "test"))
     assert (report["data"]["source"], report["data"]["split"], report["data"]["examples"]) == (data, "test", 6)
-    assert list(report["scores"]) == ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
+    quality = ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
+    assert list(report["scores"]) == [*quality, "copied_words", "repeating"]
     for score in report["scores"].values():
         assert score["low"] <= score["score"] <= score["high"] and score["signature"]
     speed = report["speed"]

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from llm2slm.evaluation.metrics import compare, compute_statistics, interval, resampled_scores, score_texts
+from llm2slm.evaluation.metrics import (
+    compare,
+    compute_statistics,
+    interval,
+    repeats_itself,
+    resampled_scores,
+    score_texts,
+)
 
 NAMES = ["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
 WORDS = "the a cat dog sat ran on under mat tree and then far away home soon".split()
@@ -76,6 +83,40 @@ def test_a_resample_is_scored_as_if_its_texts_were_written_out():
     for name, metric in (("bleu", sacrebleu.corpus_bleu), ("chrf", sacrebleu.corpus_chrf)):
         resampled = resampled_scores(compute_statistics(name, predictions, references), 1, seed=5)
         assert resampled[0] == pytest.approx(metric(*written_out).score)
+
+
+def copied(predictions, references, prompts):
+    return score_texts("copied_words", predictions, references, prompts)["score"]
+
+
+def test_copied_words_are_those_of_prompt_and_one_reference():
+    prompts = ["Open Zork 3 on Linux.", "Run Nano on Linux."]
+    references = ["Apri Zork 3 su Linux.", "Avvia nano su Linux."]
+    # To copy: Zork, 3, nano. Not Linux, which both references have, nor "su", which no prompt has.
+    assert copied(["zork! su Linux", "Avvia Nano"], references, prompts) == pytest.approx(100 * 2 / 3)
+    assert copied(["3 Zork", "NANO"], references, prompts) == 100
+    assert copied(["", "Linux"], references, prompts) == 0
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert copied(["zork! su Linux", "Avvia Nano"], references, chats) == pytest.approx(100 * 2 / 3)
+
+
+def test_where_there_is_no_word_to_copy_none_is_lost():
+    score = score_texts("copied_words", ["uno", "due"], ["uno", "due"], ["one", "two"])
+    assert (score["score"], score["low"], score["high"]) == (100, 100, 100)
+
+
+def test_a_response_that_ends_in_one_piece_over_and_over_repeats_itself():
+    loops = ["hi " * 20, "He said: " + "la di da, " * 4 + "la di", "ha" * 10, "no. " * 30 + "n"]
+    fine = [
+        "holy, holy, holy",
+        "Wait ....................",
+        "ha ha ha ha",
+        "la di da, " * 4 + "and the end",
+        "",
+        "word",
+    ]
+    assert [repeats_itself(text) for text in loops + fine] == [True] * 4 + [False] * 6
+    assert score("repeating", [*loops, *fine], [""] * 10) == 40
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals
@@ -152,6 +193,8 @@ def test_bad_input_is_refused():
         compute_statistics("bleu", ["a", "b"], ["a"])
     with pytest.raises(ValueError, match="at least one; got 0"):
         compute_statistics("bleu", [], [])
+    with pytest.raises(ValueError, match="got 0 prompts and 1 predictions"):
+        compute_statistics("copied_words", ["a"], ["a"])
     one, two = (compute_statistics("bleu", ["a"] * size, ["a"] * size) for size in (1, 2))
     with pytest.raises(ValueError, match="1 and 2 examples"):
         compare(one, two)

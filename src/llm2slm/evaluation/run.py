@@ -134,7 +134,7 @@ def evaluate(
                 **({"by": {by: value}} if by else {}),
                 **formats,
             },
-            "scores": {name: score_texts(name, responses, references) for name in metrics},
+            "scores": {name: score_texts(name, responses, references, dataset["prompt"][:]) for name in metrics},
             **measured,
             "generation": {
                 "max_new_tokens": max_new_tokens,

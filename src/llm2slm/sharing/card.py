@@ -1,7 +1,8 @@
 """A model card of what a training and its evaluation recorded.
 
-It says what the records say, and nothing else: `run.json` of `llm2slm train`, the reports of `llm2slm evaluate` and
-`llm2slm benchmark`. The card is `README.md` in the training's folder, where `llm2slm push` takes it from.
+It says what the records say and, if told, what text the model is for; nothing else. The records are `run.json` of
+`llm2slm train` and the reports of `llm2slm evaluate` and `llm2slm benchmark`. The card is `README.md` in the
+training's folder, where `llm2slm push` takes it from.
 """
 
 import os
@@ -21,6 +22,7 @@ from .card_sections import (
     describe_speed,
     describe_training,
     describe_use,
+    find_failure,
     summarize,
 )
 
@@ -43,7 +45,9 @@ SHOWN_ELSEWHERE = ("arm", "data", "llm", "slm", "slice_of", "slm_layers", "promp
 def write_card(
     run: str,
     report: Sequence[str] = (),
+    outside: Sequence[str] = (),
     benchmark: str | None = None,
+    meant_for: str | None = None,
     model_id: str | None = None,
     llm_name: str | None = None,
     slm_name: str | None = None,
@@ -59,7 +63,11 @@ def write_card(
         run (`str`): The folder of a training, with its `run.json`.
         report (`Sequence[str]`, *optional*):
             Reports of `llm2slm evaluate`: of this model, and of others on the same data to stand beside it.
+        outside (`Sequence[str]`, *optional*):
+            Reports of `llm2slm evaluate` of this model on other text than it was trained for. The worst response of
+            the first is shown.
         benchmark (`str`, *optional*): A report of `llm2slm benchmark`.
+        meant_for (`str`, *optional*): What text the model is for, in a line that goes on from "For".
         model_id (`str`, *optional*): The name on the Hub, or folder, that the card uses; `run` if omitted.
         llm_name, slm_name (`str`, *optional*): Names on the Hub of models that the training had elsewhere.
         license (`str`, *optional*): The checkpoint's licence, such as `"apache-2.0"`; its base models' if omitted.
@@ -81,6 +89,7 @@ def write_card(
     path = Path(output) if output else folder / "README.md"
     check_replaceable(path)
     reports, own = order_reports(list(report), folder)
+    check_own(outside, folder)
     speed = None if benchmark is None else read_json(benchmark, "systems", "ratios")
     bases = find_bases(trained, llm_name, slm_name)
     licences = find_licences(trained, bases, license, llm_license)
@@ -92,13 +101,15 @@ def write_card(
         template_path=str(TEMPLATE),
         title=name,
         summary=summarize(trained, folder, bases),
+        meant_for=meant_for,
         **describe_use(model, trained, folder, bases, reports, own, task),
         **describe_results(name, reports, own),
         benchmark=None if speed is None else describe_speed(speed),
         training=describe_training(trained),
         options=[(name, as_code(value)) for name, value in trained["recipe"].items() if name not in SHOWN_ELSEWHERE],
         has_loss_curve=(path.parent / "loss.png").exists(),
-        limits=describe_limits(trained, folder, bases, own),
+        limits=describe_limits(trained, folder, bases, own, outside),
+        failure=find_failure(outside[0], folder) if outside else None,
         licence=describe_licence(trained, bases, licences),
     )
     ModelCard(str(card))  # what is not valid metadata raises a ValueError
@@ -149,6 +160,19 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, 
         raise ValueError(f"No report is of {str(folder)!r}: they are of {found}.")
     ordered = own[:1] + [path for path in paths if path not in own[:1]]
     return ordered, reports[own[0]] if own else None
+
+
+def check_own(paths: Sequence[str], folder: Path) -> None:
+    """
+    Checks that reports are of this model.
+
+    Raises:
+        ValueError: if one is of another.
+    """
+    for path in paths:
+        model = read_report(path)["model"]
+        if Path(model).name != folder.resolve().name:
+            raise ValueError(f"--outside: {path} is of {model!r}, not of {str(folder)!r}.")
 
 
 def find_bases(trained: dict[str, Any], llm_name: str | None, slm_name: str | None) -> dict[str, str]:

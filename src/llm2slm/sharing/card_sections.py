@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_texts
+from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_report, read_texts
 from ..utils import read_json
 
+SHORT = 160  # characters of the prompt of a failure that is shown
 METHOD = "[LLM-to-SLM](https://arxiv.org/abs/2402.16844)"
 
 
@@ -47,7 +49,7 @@ def describe_use(
         texts = read_texts(reports[0], own["data"]["examples"])
         short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()]
         chosen = (short or texts)[0]
-        prompt, example = chosen["prompt"], "\n> ".join(chosen["response"].strip().splitlines())
+        prompt, example = chosen["prompt"], quote(chosen["response"])
         generation = {name: own["generation"][name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
         unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
         generation = {name: value for name, value in generation.items() if value != unsaid.get(name)}
@@ -144,15 +146,14 @@ def describe_results(name: str, reports: list[str], own: dict | None) -> dict[st
     """The scores, under the model's name, beside those of other reports, how they were made, what shuffling did."""
     if own is None:
         return {"scores": None}
-    beams, shuffled = own["generation"]["num_beams"], own.get("shuffled_states")
-    decoding = "greedy decoding" if beams == 1 else f"{beams} beams"
+    shuffled = own.get("shuffled_states")
     signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in own["scores"].items())
     return {
         "scores": compare_reports(reports, name),
         "signatures": f"Signatures: {signatures}.",
         "evaluation": own["data"],
         "data_name": f"`{data_name(own['data']['source'])}`",
-        "generation": f"{decoding}, at most {own['generation']['max_new_tokens']} tokens, batches of "
+        "generation": f"{describe_decoding(own)}, at most {own['generation']['max_new_tokens']} tokens, batches of "
         f"{own['speed']['batch_size']} on {processor(own['machine'])}",
         "shuffled_states": shuffled
         and (
@@ -161,6 +162,12 @@ def describe_results(name: str, reports: list[str], own: dict | None) -> dict[st
             f"{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}."
         ),
     }
+
+
+def describe_decoding(report: dict[str, Any]) -> str:
+    """How the responses of a report were written."""
+    beams = report["generation"]["num_beams"]
+    return "greedy decoding" if beams == 1 else f"{beams} beams"
 
 
 def describe_speed(benchmark: dict[str, Any]) -> str:
@@ -225,7 +232,9 @@ def describe_teacher(teacher: dict[str, Any]) -> str:
     )
 
 
-def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dict | None) -> list[str]:
+def describe_limits(
+    trained: dict, folder: Path, bases: dict[str, str], own: dict | None, outside: Sequence[str] = ()
+) -> list[str]:
     """What follows from how it was made."""
     from ..training.options import TrainOptions
 
@@ -233,12 +242,15 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
         name: trained["recipe"].get(name, vars(TrainOptions)[name])
         for name in ("prompt_max_length", "response_max_length")
     }
-    measured = "Nothing was measured on other text" if own else "Nothing was measured for this card"
+    measured = "Nothing was measured on other text, nor" if own else "Nothing was measured for this card, nor"
+    if outside:
+        measured = "Nothing was measured of"
     longer = "cut" if trained["recipe"].get("truncate") else "left out"
     lines = [
         f"It was trained on prompts of up to {limits['prompt_max_length']} tokens and responses of up to "
         f"{limits['response_max_length']}; longer ones were {longer}.",
-        f"It was trained for one task, that of its data. {measured}, nor how its responses may mislead or harm.",
+        f"It was trained for one task, that of its data. {measured} how its responses may mislead or harm.",
+        *(describe_outside(read_report(path), own) for path in outside),
     ]
     if trained["data"]["prompt_format"] and not re.fullmatch(r"\{[^{}]*\}", trained["data"]["prompt_format"]):
         by_tokenizer = trained["arm"] == "llm2slm" and read_json(str(folder / "config.json")).get("prompt_format")
@@ -250,6 +262,38 @@ def describe_limits(trained: dict, folder: Path, bases: dict[str, str], own: dic
             f"It works with the LLM it was trained with, {which_llm(folder, bases)}, and no other version of it."
         )
     return lines
+
+
+def describe_outside(report: dict[str, Any], own: dict | None) -> str:
+    """The scores on other text, each beside that of the card's own evaluation."""
+    scores = []
+    for name, score in report["scores"].items():
+        known = own and own["scores"].get(name)
+        in_place_of = f" in place of {known['score']:.1f}" if known else ""
+        scores.append(f"{METRICS[name]} {score['score']:.1f}{in_place_of}")
+    return (
+        f"On other text, the split `{report['data']['split']}` of `{data_name(report['data']['source'])}` "
+        f"({report['data']['examples']:,} examples, {describe_decoding(report)}): {', '.join(scores)}."
+    )
+
+
+def find_failure(path: str, folder: Path) -> dict[str, str]:
+    """The prompt and the response, of a report's short prompts, whose response has the least chrF."""
+    from ..evaluation.metrics import compute_statistics
+
+    texts = read_texts(path, read_report(path)["data"]["examples"])
+    short = [row for row in texts if len(str(row["prompt"])) <= SHORT] or texts
+    statistics = compute_statistics("chrf", [row["response"] for row in short], [row["completion"] for row in short])
+    worst = short[min(range(len(short)), key=lambda i: statistics.score_of(statistics.rows[i]))]
+    prompt = str(worst["prompt"])
+    if (folder / "config.json").exists():
+        prompt = without_format(prompt, folder)
+    return {"prompt": quote(prompt), "response": quote(worst["response"])}
+
+
+def quote(text: str) -> str:
+    """A text in Markdown's quotation."""
+    return "\n> ".join(text.strip().splitlines())
 
 
 def describe_licence(trained: dict, bases: dict[str, str], licences: dict[str, str]) -> str:
