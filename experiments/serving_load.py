@@ -78,13 +78,14 @@ async def measure(session, url: str, prompts: list[str], concurrency: int, max_t
 
 
 async def compare(urls, processes, logs, prompts, arguments) -> list[dict]:
-    rows, next_prompt, count = [], 0, arguments.requests
+    rows, next_prompt = [], 0
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         for name, url in urls.items():
             await wait(session, processes[name], url, logs[name])
             await measure(session, url, prompts[-4:], 4, arguments.max_tokens)  # warm
         for repeat in range(arguments.repeats):
             for concurrency in arguments.concurrency:
+                count = max(arguments.requests, 2 * concurrency)
                 chosen = [prompts[(next_prompt + i) % len(prompts)] for i in range(count)]
                 next_prompt += count
                 # Who comes first changes, so that what else goes on in the machine favours none.
@@ -117,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="the pair's; its LLM is what it is compared with")
     parser.add_argument("--prompts", type=Path, required=True, help="a text file, a prompt in each line")
-    parser.add_argument("--requests", type=int, default=64, help="for each server, concurrency and repeat")
+    parser.add_argument("--requests", type=int, default=64, help="in each repeat; two a client at least")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
