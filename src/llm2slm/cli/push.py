@@ -1,4 +1,4 @@
-"""Upload a trained model to the Hub: weights, tokenizer, code, card and pictures, in one commit; and a page that shows it.
+"""Upload a trained model to the Hub: weights, tokenizer, code, card and pictures, in one commit; and a Space for it.
 
 ```bash
 llm2slm card --run runs/simplify --report simplify.json --model-id user/simplify
@@ -54,7 +54,8 @@ def run(options: Options, **race_options: Any) -> None:
     """
     race = RaceOptions(**race_options)
     if options.space is None and race != RaceOptions():
-        raise ValueError("--adapter, --instruction, --dtype, --systems and --max-new-tokens are about --space: add it.")
+        about = "--adapter, --instruction, --dtype, --systems and --max-new-tokens"
+        raise ValueError(f"{about} are about --space: add it.")
     if options.space is None and options.run is None:
         raise ValueError("Say what to push: --run for a model, --space for the race of one that is on the Hub.")
     from ..sharing.card import hub_name

@@ -75,7 +75,7 @@ def run(options: Options, checkpoint: str) -> None:
     from ..serving.race import load_race
     from ..serving.race_page import build_page, launch
 
-    if "fast" in options.systems:
+    if "fast" in options.systems or "lossless" in options.systems:
         print("Fast decode is compiled first: a minute or two on a CPU.", file=sys.stderr)
     race = load_race(
         checkpoint,
