@@ -220,7 +220,6 @@ def test_a_card_gives_its_prompts_and_scores(tmp_path):
 @pytest.fixture
 def served(checkpoint, monkeypatch):
     """A page in a thread, its client, and its race."""
-    pytest.importorskip("gradio", reason="the extra `race` is not installed")
     from gradio_client import Client
 
     from llm2slm.serving.race_page import build_page
