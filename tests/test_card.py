@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm.cli import main as cli
-from llm2slm.sharing.card import find_bases, read_licence
+from llm2slm.sharing.card import PROMPTS_TO_TRY, find_bases, read_licence
 from llm2slm.sharing.card_sections import data_hub_name, data_name
 
 LLM = "tester/llm"

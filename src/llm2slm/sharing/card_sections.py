@@ -63,7 +63,7 @@ def describe_use(
 
 
 def choose_examples(report: str, own: dict[str, Any], number: int = 1) -> list[dict[str, str]]:
-    """Rows of the evaluation's texts, from the first on; those with a short prompt and a response, if there are any."""
+    """Rows of the evaluation's texts, from the first on; those with a short prompt and a response if there are any."""
     texts = read_texts(report, own["data"]["examples"])
     short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()] or texts
     return short[:: -(-len(short) // number)]
