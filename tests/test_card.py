@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm.cli import main as cli
-from llm2slm.sharing.card import find_bases, read_licence
+from llm2slm.sharing.card import PROMPTS_TO_TRY, find_bases, read_licence
 from llm2slm.sharing.card_sections import data_hub_name, data_name
 
 LLM = "tester/llm"
@@ -92,6 +92,10 @@ def test_metadata_is_what_the_hub_reads(files, run):
     assert {result.dataset_name for result in results.values()} == {"spelling"}
     assert {result.dataset_split for result in results.values()} == {"test"}
     assert ModelCard(str(written)).data.to_dict() == data.to_dict()
+    rows = [json.loads(line) for line in (files / "llm2slm.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [one["text"] for one in data.widget]
+    assert 1 < len(prompts) <= PROMPTS_TO_TRY and len(set(prompts)) == len(prompts)
+    assert {f"{prompt} w0" for prompt in prompts} <= {row["prompt"] for row in rows}  # the tokenizer brings the rest
 
 
 def test_the_text_is_what_the_run_and_its_evaluation_recorded(files, run):

@@ -220,7 +220,6 @@ def test_a_card_gives_its_prompts_and_scores(tmp_path):
 @pytest.fixture
 def served(checkpoint, monkeypatch):
     """A page in a thread, its client, and its race."""
-    pytest.importorskip("gradio", reason="the extra `race` is not installed")
     from gradio_client import Client
 
     from llm2slm.serving.race_page import build_page
@@ -274,8 +273,10 @@ from llm2slm.cli.main import main
 api = HfApi()
 api.create_repo("tester/llm")
 api.upload_folder(repo_id="tester/llm", folder_path=sys.argv[1])
-assert main(["push", "--run", sys.argv[2], "--repo-id", "tester/pair", "--llm-name", "tester/llm"]) is None
-assert main(["race", "tester/pair", "--space", "tester/race", *sys.argv[4:]]) is None
+push = ["push", "--repo-id", "tester/pair", "--space"]
+assert main([*push, "tester/both", "--run", sys.argv[2], "--llm-name", "tester/llm"]) is None
+assert api.repo_exists("tester/pair") and api.repo_exists("tester/both", repo_type="space")
+assert main([*push, "tester/race", *sys.argv[4:]]) is None
 snapshot_download("tester/race", repo_type="space", local_dir=sys.argv[3])
 print(json.dumps([commit.title for commit in api.list_repo_commits("tester/race", repo_type="space")]))
 """
@@ -314,11 +315,19 @@ def test_a_space_installs_the_package_with_the_llm_and_nothing_else():
     )
     assert '"--no-deps", "an-llm==0.1.2", "b==1"]' in code
     compile(code, "app.py", "exec")
-    with pytest.raises(ValueError, match="say where it is with --llm"):
+    with pytest.raises(ValueError, match="say where it is with --llm-name"):
         space.app_code("me/pair", [], "pip install --no-deps an-llm==0.1.2; rm -r /")
 
 
-@pytest.mark.parametrize("wrong", [["./pair"], ["me/pair", "--adapter", "./adapter"]])
-def test_a_space_is_refused_what_only_this_machine_has(wrong, capsys):
-    assert cli.main(["race", *wrong, "--space", "tester/race"]) == 2
-    assert "is no name on the Hub" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repo-id", "./pair", "--space", "tester/race"], "is no name on the Hub"),
+        (["--repo-id", "me/pair", "--space", "tester/race", "--adapter", "./adapter"], "is no name on the Hub"),
+        (["--repo-id", "me/pair", "--run", "./pair", "--adapter", "me/adapter"], "are about --space"),
+        (["--repo-id", "me/pair"], "Say what to push"),
+    ],
+)
+def test_a_space_is_refused_what_it_cannot_be(options, message, capsys):
+    assert cli.main(["push", *options]) == 2
+    assert message in capsys.readouterr().err

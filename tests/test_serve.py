@@ -18,13 +18,14 @@ import pytest
 import torch
 import uvicorn
 from conftest import POSITIONS, build_llm_tokenizer, build_model, build_slm_tokenizer
+from transformers import GenerationConfig
 
 from llm2slm import LLM2SLMTokenizer
 from llm2slm.serving import batching
 from llm2slm.serving.batching import Batcher, Response, Sampling, Written
 from llm2slm.serving.response_text import ResponseText
 from llm2slm.serving.server import Server, listen
-from llm2slm.serving.service import Limits, Service
+from llm2slm.serving.service import Limits, Service, read_sampling
 
 PAIRS = {"llama": "llama", "t5": "t5"}  # LLM to SLM
 NAME = "tiny"
@@ -259,21 +260,71 @@ def test_sampling_draws_from_the_distribution():
     assert abs(draws.count(0) / 4000 - expected[0].item()) < 0.03
 
 
+@pytest.mark.parametrize("setting", [{"min_p": 0.99}, {"typical_p": 1e-6}, {"epsilon_cutoff": 0.99}, {"top_k": 1}])
+def test_a_checkpoint_that_samples_does_so_as_its_generation_config_says(setting, serve):
+    model = build_pair()
+    model.generation_config.update(do_sample=True, temperature=0.5, **setting)
+    (name,) = setting
+    client = serve(model)
+    texts = {client.text(prompt="w1 w2", max_tokens=8, seed=seed) for seed in range(4)}
+    torch.manual_seed(0)
+    inputs, tokenizer = build_tokenizer()("w1 w2", return_tensors="pt"), build_tokenizer()
+    by_generate = {tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0]) for _ in range(4)}
+    assert len(by_generate) == 1  # the setting leaves one token to draw
+    assert texts == by_generate, name
+
+
+def test_what_a_generation_config_leaves_open_is_as_in_generate():
+    assert read_sampling(GenerationConfig(do_sample=True), torch.device("cpu")) == Sampling(1.0, 1.0, 50)
+    assert read_sampling(GenerationConfig(top_p=0.5, min_p=0.1), torch.device("cpu")) == Sampling()
+    (eta,) = read_sampling(GenerationConfig(do_sample=True, eta_cutoff=0.25), torch.device("cpu")).warpers
+    assert eta.epsilon == 0.25
+
+
+def test_stop_strings_of_the_checkpoint_end_a_response(serve):
+    model = build_pair()
+    words = serve(model).text(prompt="w1 w2", max_tokens=8).split()
+    model.generation_config.stop_strings = words[3]
+    model.generation_config.num_return_sequences = 2  # `n` says how many
+    assert serve(model).text(prompt="w1 w2", max_tokens=8).split() == words[: words.index(words[3])]
+
+
+@pytest.mark.parametrize("setting", [{"guidance_scale": 2.0}, {"penalty_alpha": 0.6}, {"top_h": 0.4}])
+def test_what_a_generation_config_asks_for_and_is_not_served_is_refused_at_start(setting):
+    model = build_pair()
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is not served"):
+        Service(model, build_tokenizer())
+
+
 @pytest.mark.parametrize("slm", PAIRS)
 def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
     model, tokenizer = build_pair(slm), build_tokenizer()
     client = serve(model, tokenizer)
-    for kind in ("float", "base64"):
-        body = {"prompt": ["w1 w2 w3", "w4"], "encoding_format": kind}
+    for kind, dtype in (("float", None), ("base64", None), ("float", "float16"), ("base64", "float16")):
+        body = {"prompt": ["w1 w2 w3", "w4"], "encoding_format": kind} | ({} if dtype is None else {"dtype": dtype})
         status, _, answer = client.ask(EMBEDDINGS, body)
         assert status == 200 and answer["usage"]["prompt_tokens"] == 8
         for item, prompt in zip(answer["data"], body["prompt"], strict=True):
             states = model.encode_prompt(**tokenizer(prompt, return_tensors="pt")).prompt_embeds[0]
             given = item["embedding"]
             if kind == "base64":
-                given = torch.frombuffer(bytearray(base64.b64decode(given)), dtype=torch.float32)
-            given = torch.as_tensor(given).view(item["shape"])
-            torch.testing.assert_close(given, states.detach(), atol=1e-5, rtol=1e-5)
+                given = torch.frombuffer(bytearray(base64.b64decode(given)), dtype=getattr(torch, dtype or "float32"))
+            given = torch.as_tensor(given).float().view(item["shape"])
+            close = 1e-5 if dtype is None else 1e-3
+            torch.testing.assert_close(given, states.detach(), atol=close, rtol=close)
+
+
+def test_prompt_embeddings_that_16_bits_do_not_hold_are_refused(serve):
+    model = build_pair()
+    with torch.no_grad():
+        for parameter in model.projector.parameters():
+            parameter.mul_(1e7)
+    client = serve(model)
+    answer = client.ask(EMBEDDINGS, {"prompt": "w1 w2", "dtype": "float16"})
+    assert_refused(answer, 400, "too large for float16")
+    assert client.ask(EMBEDDINGS, {"prompt": "w1 w2"})[0] == 200
 
 
 def test_few_responses_are_written_by_the_compiled_step(monkeypatch):

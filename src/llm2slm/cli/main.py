@@ -39,7 +39,7 @@ COMMANDS = {
     "benchmark": "measure latency beside the SLM alone, the LLM and what else one might use",
     "card": "write a model card of what a training and its evaluation recorded",
     "export": "write the small model by itself: as a Hugging Face folder, or as ONNX with a page for the browser",
-    "push": "upload model, tokenizer, card and pictures to the Hub, in one commit",
+    "push": "upload model, tokenizer, card and pictures to the Hub, in one commit, and a Space that races it",
 }
 
 

@@ -3,10 +3,10 @@
 ```bash
 llm2slm race user/checkpoint
 llm2slm race ./checkpoint --adapter ./llm-lora --systems llm llm2slm lossless --port 9000
-llm2slm race user/checkpoint --adapter user/llm-lora --space user/race  # on the Hub, in place of a page here
 ```
 
 With an adapter the LLM does the same task; without one it writes what it writes, or what --instruction tells it.
+`llm2slm push --space` pushes the same page to the Hub.
 """
 
 import argparse
@@ -26,16 +26,12 @@ SYSTEMS = {
 
 
 @dataclass
-class Options:
-    """The options of `llm2slm race`."""
+class RaceOptions:
+    """What a race is, here and in a Space."""
 
-    llm: str | None = option("where the frozen LLM is, if not where the checkpoint says", None, metavar="NAME")
     adapter: str | None = option("PEFT adapter of the LLM for the same task", None, metavar="NAME")
     instruction: str | None = option("what the LLM is told before each prompt", None)
-    revision: str | None = option("branch, tag or commit of the checkpoint's repository on the Hub", None)
     dtype: DTYPES = option("number format of all weights; auto: as the checkpoint's are stored", "auto")
-    device: str | None = option(DEVICE_HELP, None, metavar="NAME")
-
     systems: list[str] = option(
         "the columns, in the order in which they start. "
         + "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items()),
@@ -47,11 +43,17 @@ class Options:
         "tokens of a response at most; as the checkpoint says if omitted", None, at_least=2
     )
 
+
+@dataclass
+class Options(RaceOptions):
+    """The options of `llm2slm race`."""
+
+    llm: str | None = option("where the frozen LLM is, if not where the checkpoint says", None, metavar="NAME")
+    revision: str | None = option("branch, tag or commit of the checkpoint's repository on the Hub", None)
+    device: str | None = option(DEVICE_HELP, None, metavar="NAME")
+
     host: str = option("address to listen at; 0.0.0.0 for all, which others can reach", "127.0.0.1", metavar="ADDRESS")
     port: int = option("0 for the first that is free from 7860 on", 7860, at_least=0)
-
-    space: str | None = option("push a Space of this name to the Hub that runs the race there", None, metavar="NAME")
-    private: bool = option("with --space: make a new one private", False)
 
 
 def add_more_options(parser: argparse.ArgumentParser, help_only: bool) -> None:
@@ -61,32 +63,19 @@ def add_more_options(parser: argparse.ArgumentParser, help_only: bool) -> None:
 
 def run(options: Options, checkpoint: str) -> None:
     """
-    Loads what races, and serves the page until Ctrl-C; or pushes a Space that does.
+    Loads what races, and serves the page until Ctrl-C.
 
     Raises:
         ImportError: if Gradio is not installed.
-        OSError: if there is no such checkpoint, LLM or adapter, it cannot listen there, or the Hub refuses.
+        OSError: if there is no such checkpoint, LLM or adapter, or it cannot listen there.
         ValueError: if one of them is another kind of model, or options disagree.
     """
-    if options.space is not None:
-        from ..sharing.space import push_space
-
-        push_space(
-            options.space,
-            checkpoint,
-            private=options.private,
-            llm=options.llm,
-            adapter=options.adapter,
-            revision=options.revision,
-            options=space_options(options),
-        )
-        return
     check_installed("`llm2slm race`", "gradio", install="pip install 'llm-to-slm[race]'")
     from ..serving.checkpoint_card import read_card
     from ..serving.race import load_race
     from ..serving.race_page import build_page, launch
 
-    if "fast" in options.systems:
+    if "fast" in options.systems or "lossless" in options.systems:
         print("Fast decode is compiled first: a minute or two on a CPU.", file=sys.stderr)
     race = load_race(
         checkpoint,
@@ -101,12 +90,3 @@ def run(options: Options, checkpoint: str) -> None:
     )
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
     launch(build_page(race, name, read_card(checkpoint, options.revision)), options.host, options.port)
-
-
-def space_options(options: Options) -> list[str]:
-    """The words of the command line in a Space, behind the checkpoint."""
-    words = ["--systems", *options.systems, "--dtype", options.dtype, "--host", "0.0.0.0", "--port", "7860"]
-    for name in ("llm", "adapter", "instruction", "revision", "max_new_tokens"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words

@@ -47,6 +47,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    warpers: list[LogitsProcessor] = field(default_factory=list)  # further ones, which keep a row's tokens from a draw
 
 
 @dataclass(eq=False)
@@ -157,6 +158,9 @@ class _Sampler(LogitsProcessor):
             chosen = torch.full_like(chosen, -torch.inf).scatter(
                 1, order, ordered.masked_fill(before >= of_rows[:, 1:], -torch.inf)
             )
+        for i, one in enumerate(settings):
+            for warper in one.warpers:
+                chosen[i : i + 1] = warper(input_ids, chosen[i : i + 1])
         noise = torch.stack(
             [torch.empty_like(chosen[0]).exponential_(generator=response.generator) for response in self.sampled]
         )
@@ -340,6 +344,8 @@ class Batcher:
             attention_mask=mask,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
+            stop_strings=None,  # each response looks for its own
             max_new_tokens=max(response.max_tokens for response in responses),
             stopping_criteria=StoppingCriteriaList([_Listener(responses, self.end_tokens)]),
             eos_token_id=self.end_tokens or None,
@@ -365,6 +371,8 @@ class Batcher:
                         attention_mask=mask,
                         do_sample=False,
                         num_beams=1,
+                        num_return_sequences=1,
+                        stop_strings=None,
                         max_new_tokens=2,
                         min_new_tokens=2,
                         fast=True,

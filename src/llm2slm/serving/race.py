@@ -230,7 +230,7 @@ def load_race(
         return _as_inputs(llm_tokenizer.apply_chat_template(told, **arguments), whole_llm)
 
     def write_lossless(**kwargs):
-        return pair.generate_lossless(llm=whole_llm, **kwargs)
+        return pair.generate_lossless(llm=whole_llm, fast=True, **kwargs)
 
     def write_fast(**kwargs):
         return pair.generate(fast=True, **kwargs)
@@ -248,10 +248,12 @@ def load_race(
         "fast": lambda: make("fast", [pair], read, write_fast, tokenizer, starts),
         "lossless": lambda: make("lossless", [whole_llm, pair], read, write_lossless, llm_tokenizer, True),
     }
-    names, racers = list(dict.fromkeys(systems)), []
-    for name in names:
-        racers.append(makers[name]())
-        racers[-1].warm_up(pair.device, WARM_UP_LENGTHS if name == "fast" else WARM_UP_LENGTHS[:1])
+    names = list(dict.fromkeys(systems))
+    racers = [makers[name]() for name in names]
+    for racer in racers:
+        racer.warm_up(pair.device, WARM_UP_LENGTHS[:1])
+    if "fast" in names or "lossless" in names:  # one compiled step writes for both
+        makers["fast"]().warm_up(pair.device, WARM_UP_LENGTHS)
     reference = names.index("llm") if "llm" in names else 0
     said = [f"All write greedily, {max_new_tokens} tokens at most, {_describe_machine(pair)}."]
     if instruction is not None:

@@ -42,7 +42,7 @@ def build_page(race: Race, name: str, card: CheckpointCard) -> gr.Blocks:
                 with gr.Column(min_width=280):
                     columns.append(gr.Textbox(label=racer.title, lines=5, max_lines=15, buttons=["copy"]))
                     times.append(gr.Markdown())
-        finish = gr.HTML()
+        finish = gr.HTML(padding=False)
         gr.Markdown(f"<small>{HOW} {race.setting}</small>")
         if card.figures:
             gr.Markdown(describe_figures(card.figures))

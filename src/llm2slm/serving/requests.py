@@ -157,6 +157,7 @@ class EncodingRequest(_Request):
 
     prompt: Prompts
     encoding_format: Literal["float", "base64"] = "float"
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 Request = TypeVar("Request", bound=_Request)

