@@ -22,6 +22,8 @@ from llm2slm.data.pairs import load_pairs
 from llm2slm.loading_llm2slm import load_slm
 from llm2slm.utils import machine, versions
 
+WAYS: dict[str, dict] = {"lossless": {}, "fast": {"fast": True}}
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,10 +37,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], help="(default: %(default)s)")
     parser.add_argument("--draft-dtype", help="of the pair (default: as the LLM's)")
-    parser.add_argument(
-        "--draft-confidences", type=float, nargs="+", default=[], help="also with these, beside what the costs say"
-    )
-    parser.add_argument("--max-draft-tokens", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="(default: all)")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
 
@@ -51,7 +50,6 @@ def main():
         "llm": arguments.llm,
         "adapter": arguments.adapter,
         "draft_dtype": arguments.draft_dtype,
-        "max_draft_tokens": arguments.max_draft_tokens,
         "dtypes": {name: compare(arguments, name, tokenizer, prompts) for name in arguments.dtypes},
         "machine": machine(),
         "versions": versions(),
@@ -73,17 +71,12 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
         llm = PeftModel.from_pretrained(llm, arguments.adapter).merge_and_unload().eval()
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
-    drafting = {"lossless": {}, "fast": {"fast": True}}
-    for confidence in arguments.draft_confidences:
-        drafting[f"fast, {confidence:g}"] = {"fast": True, "draft_confidence": confidence}
-    names = ["llm", *drafting]
+    names = ["llm", *arguments.ways]
 
     def write(name: str, inputs):
         if name == "llm":
             return llm.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
-        return model.generate_lossless(
-            **inputs, llm=llm, max_draft_tokens=arguments.max_draft_tokens, **drafting[name], **settings
-        )
+        return model.generate_lossless(**inputs, llm=llm, **WAYS[name], **settings)
 
     rows = []
     for number, prompt in enumerate(tqdm(prompts, desc=dtype)):
@@ -96,7 +89,7 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
             results[name] = write(name, inputs)
             seconds[name] = time.perf_counter() - start
         row = {"tokens": len(results["llm"]), "llm_seconds": seconds["llm"]}
-        for name in drafting:
+        for name in arguments.ways:
             output = results[name]
             counts = {count: output[count] for count in ("llm_calls", "draft_tokens", "accepted_tokens")}
             row[name] = {
@@ -105,7 +98,7 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
                 **counts,
             }
         rows.append(row)
-    summary = {name: summarize(rows, name) for name in drafting}
+    summary = {name: summarize(rows, name) for name in arguments.ways}
     print(dtype, json.dumps(summary))
     return {**summary, "prompts": rows}
 

@@ -1,9 +1,6 @@
 """Lossless mode: the LLM's own greedy response, token for token, from fewer runs of the LLM."""
 
-import functools
-import itertools
 import math
-import types
 
 import pytest
 import torch
@@ -123,7 +120,7 @@ def spied_drafts(monkeypatch):
 def test_padding_of_the_prompt_changes_nothing(kind, side):
     llm = endless(build_llm(kind))
     model = build_copying_drafter(llm, noise=0.05)
-    drafting = {"max_new_tokens": 12, "draft_confidence": 0.1, **VARIED}  # as long, however long they take
+    drafting = {"max_new_tokens": 12, **VARIED}
     expected = model.generate_lossless(PROMPT, llm=llm, **drafting)
     left, right = {"left": (4, 0), "right": (0, 4), "both": (2, 3)}[side]
     ids = torch.nn.functional.pad(PROMPT, (left, right), value=PAD)
@@ -296,50 +293,6 @@ def test_an_unsure_drafter_asks_the_llm_sooner(llm, noisy, spied_drafts):
     assert longest[1] == 1 < longest[0.15] < longest[0]
 
 
-def test_drafts_go_on_for_as_long_as_their_cost_is_worth_it():
-    costs = drafter_llm2slm._Costs()
-    assert costs.confidence(now=100.0, length=1) == costs.AT_FIRST
-    costs.add(tokens=4, seconds=50.0)  # with the prompt's run, which is left out
-    assert costs.confidence(now=160.0, length=4) == costs.AT_FIRST
-    costs.add(tokens=2, seconds=2.0)
-    # One second a drafted token, two a written one: 10 seconds for 5.
-    assert costs.confidence(now=170.0, length=9) == 0.5
-    costs.add(tokens=1, seconds=60.0)
-    assert costs.confidence(now=232.0, length=10) == 1
-
-
-def test_without_a_confidence_a_cheap_drafter_drafts_further(llm, noisy, monkeypatch, spied_drafts):
-    tokens = {}
-    for a_draft, between_drafts in ((0.001, 1.0), (1.0, 0.001)):
-        spied_drafts.clear()
-        clock = itertools.accumulate(itertools.cycle([between_drafts, a_draft]))
-        monkeypatch.setattr(
-            drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock))
-        )
-        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **VARIED)
-        assert output.sequences.tolist() == greedy(llm, max_new_tokens=30, **VARIED).tolist()
-        tokens[a_draft] = output.draft_tokens / len(spied_drafts)
-    assert tokens[0.001] > tokens[1.0]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "options"), [(torch.float32, {"do_sample": True}), (torch.bfloat16, VARIED)], ids=["sampled", "rounded"]
-)
-def test_a_response_that_could_depend_on_the_length_of_drafts_does_not_on_time(dtype, options, monkeypatch):
-    llm = endless(build_llm("llama")).to(dtype)
-    noisy = build_copying_drafter(llm, noise=0.1)
-    written = []
-    for pace in ([1.0, 0.001], [0.001, 1.0]):
-        clock = itertools.accumulate(itertools.cycle(pace))
-        monkeypatch.setattr(
-            drafter_llm2slm, "time", types.SimpleNamespace(perf_counter=functools.partial(next, clock))
-        )
-        torch.manual_seed(0)
-        output = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=30, **options)
-        written.append((output.sequences.tolist(), output.draft_tokens))
-    assert written[0] == written[1]
-
-
 # ------------------------------------------------------------------------------------------------- like `llm.generate`
 def test_what_the_llm_would_sample_by_default_is_written_greedily(llm, noisy):
     expected = greedy(llm, max_new_tokens=10)
@@ -360,7 +313,7 @@ def test_streams_what_generate_streams(kind):
 def test_leaves_both_models_as_they_were(llm, noisy):
     before = llm.generation_config.to_dict()
     expected = llm(PROMPT).logits
-    first, second = (noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10, draft_confidence=0.1) for _ in "ab")
+    first, second = (noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10) for _ in "ab")
     assert second.to_tuple()[1:] == first.to_tuple()[1:]
     assert llm.generation_config.to_dict() == before
     assert torch.equal(llm(PROMPT).logits, expected)

@@ -5,7 +5,6 @@ on Transformers 4.x and 5.x.
 """
 
 import inspect
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ class Dial:
     tolerance: float
     ask_below: float
     max_draft_tokens: int
-    draft_confidence: float | None  # None: as measured costs say
+    draft_confidence: float
     fast: bool = False
 
     @property
@@ -143,32 +142,6 @@ def _start_steps(model, prompt_embeds, fast: bool) -> _PlainSteps | _CompiledSte
     return _PlainSteps(model, prompt_embeds)
 
 
-class _Costs:
-    """
-    What a drafted token costs, in shares of what a token of the response has cost so far. A further one is worth it
-    while the whole draft is right with at least this probability: else the same time brings more elsewhere.
-    """
-
-    AT_FIRST = 0.25  # until there is something measured
-
-    def __init__(self):
-        self.drafts, self.tokens, self.seconds = 0, 0, 0.0
-        self.start = 0.0, 0  # the time, and the length of the response
-
-    def confidence(self, now: float, length: int) -> float:
-        """From 0 to 1, for a draft that begins `now`, in seconds, behind `length` tokens."""
-        if self.drafts <= 1:  # the first draft reads the prompt, too: what it took is left out
-            self.start, self.tokens, self.seconds = (now, length), 0, 0.0
-        written = length - self.start[1]
-        if not written or not self.tokens:
-            return self.AT_FIRST
-        return min(self.seconds / self.tokens / ((now - self.start[0]) / written), 1.0)
-
-    def add(self, tokens: int, seconds: float) -> None:
-        """A draft of so many tokens took so long."""
-        self.drafts, self.tokens, self.seconds = self.drafts + 1, self.tokens + tokens, self.seconds + seconds
-
-
 class Drafter:
     """The SLM with an encoded prompt and a cache: it continues a response, in the LLM's ids."""
 
@@ -178,7 +151,6 @@ class Drafter:
         self.is_encoder_decoder = model.slm.config.is_encoder_decoder
         self.context_length = 1 if self.is_encoder_decoder else prompt_embeds.shape[1]
         self.read: list[int] = []  # the response's tokens that the steps have read
-        self.costs = _Costs()
         self.device = prompt_embeds.device
         self.text_config = model.slm.config.get_text_config(decoder=True)
         positions = max_positions(self.text_config)
@@ -210,10 +182,6 @@ class Drafter:
         draft = Draft()
         if limit <= 0:
             return draft
-        started = time.perf_counter()
-        confidence = self.dial.draft_confidence
-        if confidence is None:
-            confidence = self.costs.confidence(started, len(response))
         same = 0
         while same < len(self.read) and self.read[same] == response[same]:
             same += 1
@@ -242,9 +210,8 @@ class Drafter:
             if self.dial.is_unsure(chance):
                 draft.unsure = True
                 probability *= chance
-            if probability < confidence or token in ends:
+            if probability < self.dial.draft_confidence or token in ends:
                 break
-        self.costs.add(len(draft.tokens), time.perf_counter() - started)
         return draft
 
     def end(self) -> None:

@@ -35,8 +35,6 @@ from .inputs_llm2slm import check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
 from .loading_llm2slm import check_same_architecture
 
-DRAFT_CONFIDENCE = 0.25  # where a response may depend on how long its drafts are
-
 
 @dataclass
 class LosslessOutput(ModelOutput):
@@ -80,7 +78,7 @@ class LosslessGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         max_draft_tokens: int = 16,
-        draft_confidence: float | None = None,
+        draft_confidence: float = 0.25,
         fast: bool = False,
         **kwargs,
     ) -> LosslessOutput:
@@ -108,12 +106,10 @@ class LosslessGenerationMixin(GenerationMixin):
                 1 for tokens, 0 for padding on either side. All ones if omitted.
             max_draft_tokens (`int`, *optional*, defaults to 16):
                 How many tokens the SLM drafts at most before the LLM verifies them.
-            draft_confidence (`float`, *optional*):
+            draft_confidence (`float`, *optional*, defaults to 0.25):
                 The SLM drafts on while the probability it gives to the whole draft is at least this. A further token
-                is of use only if the whole draft before it is right. If omitted, that is what a drafted token takes
-                of the time of a written one, as measured in this response so far. In sampling, and in a dtype whose
-                ties a longer run may break otherwise (any but float32), it is 0.25: a response does not depend on
-                the time.
+                is of use only if the whole draft before it is right, so the best value is about what a step of the
+                SLM costs in runs of the LLM.
             fast (`bool`, *optional*, defaults to `False`):
                 Drafts with a compiled step of the SLM, as `generate(..., fast=True)` does.
             kwargs:
@@ -130,12 +126,9 @@ class LosslessGenerationMixin(GenerationMixin):
                 (`config.shared_tokenizer`); if one of the two models cannot take tokens back; and for an invalid
                 prompt (see `encode_prompt`).
         """
-        arguments = _arguments_of(generation_config, kwargs)
-        if draft_confidence is None and (arguments.get("do_sample") or getattr(llm, "dtype", None) != torch.float32):
-            draft_confidence = DRAFT_CONFIDENCE
         dial = Dial(0.0, 1.0, max_draft_tokens, draft_confidence, fast)
         prompt = {"input_ids": given_once(inputs, input_ids), "attention_mask": attention_mask}
-        return self._generate_with_llm(llm, **prompt, arguments=arguments, dial=dial)
+        return self._generate_with_llm(llm, **prompt, arguments=_arguments_of(generation_config, kwargs), dial=dial)
 
     def _generate_within_tolerance(
         self,
@@ -147,7 +140,7 @@ class LosslessGenerationMixin(GenerationMixin):
         tolerance=None,
         ask_below=None,
         max_draft_tokens=16,
-        draft_confidence=DRAFT_CONFIDENCE,
+        draft_confidence=0.25,
         fast=False,
         **kwargs,
     ) -> Any:
@@ -163,8 +156,7 @@ class LosslessGenerationMixin(GenerationMixin):
 
     def _generate_with_llm(self, llm, input_ids, attention_mask, arguments, dial) -> LosslessOutput:
         self._check_llm(llm)
-        if dial.draft_confidence is not None:
-            _check_share("draft_confidence", dial.draft_confidence)
+        _check_share("draft_confidence", dial.draft_confidence)
         if (most := dial.max_draft_tokens) is True or not isinstance(most, int) or most < 1:
             raise ValueError(f"`max_draft_tokens` must be a positive integer, got {most!r}.")
         input_ids, attention_mask = check_prompt_ids(self.config, input_ids, attention_mask)
