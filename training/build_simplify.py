@@ -38,6 +38,7 @@ from splits import drop_sharing, print_counts, save, split_rows, texts_of
 TEST_SHARE, VALIDATION_SHARE = 0.06, 0.04
 MIN_RATIO, MAX_RATIO = 0.4, 2.5  # words of the completion per word of the prompt; beyond, one side misses a clause
 
+NEXT_PSALM = re.compile(r"( BOOK [IV]+)? Psalm \d+\b.*$")  # its heading stands at the end of the verse before it
 MARK = re.compile(r"\s*\\(\d+):(\d+)\\")
 # What the Basic English prints before (once after) the verse itself: a psalm's title, or a letter of Psalm 119.
 PSALM_TITLE = re.compile(
@@ -83,7 +84,8 @@ def read_web_verses() -> dict[str, str]:
         number, _, verse = text[place].strip().partition(".")
         if number != str(i % 1_000):
             raise ValueError(wrong_numbers("web", len(ids)))
-        verses[f"{books[i // 1_000_000 - 1]} {i // 1_000 % 1_000}:{i % 1_000}"] = clean(verse.replace("`", "'"))
+        verse = NEXT_PSALM.sub("", clean(verse.replace("`", "'")))
+        verses[f"{books[i // 1_000_000 - 1]} {i // 1_000 % 1_000}:{i % 1_000}"] = verse
     return verses
 
 
