@@ -29,7 +29,7 @@ import argparse
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_from_disk
-from splits import RUN, runs, save
+from splits import row_runs, save
 
 from llm2slm.data.hash_split import position
 from llm2slm.data.pairs import spaced
@@ -116,21 +116,13 @@ def drop_held_out(tasks: dict[str, DatasetDict]) -> dict[str, DatasetDict]:
     kept: dict[str, DatasetDict] = {task: DatasetDict() for task in tasks}
     seen: set[tuple[str, ...]] = set()
     for split in reversed(SPLITS):
-        found = {
-            task: [row_runs(*texts) for texts in zip(data[split]["prompt"], data[split]["completion"], strict=True)]
-            for task, data in tasks.items()
-        }
+        found = {task: [row_runs(row) for row in data[split]] for task, data in tasks.items()}
         for task, data in tasks.items():
             kept[task][split] = data[split].select(
                 [row for row, own in enumerate(found[task]) if split == "test" or seen.isdisjoint(own)]
             )
         seen.update(*(own for rows in found.values() for own in rows))
     return kept
-
-
-def row_runs(prompt: str, completion: str) -> set[tuple[str, ...]]:
-    """The runs of a pair's two texts."""
-    return {*runs(prompt, RUN), *runs(completion, RUN)}
 
 
 def ask(rows: Dataset, task: str, phrasings: tuple[str, ...]) -> list[dict[str, str]]:

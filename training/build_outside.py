@@ -42,7 +42,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from datasets import Dataset, DatasetDict, load_from_disk
-from splits import RUN, drop_near_identical, drop_sharing, normalize, position, save, texts_of
+from splits import RUN, drop_near_identical, drop_sharing, normalize, save, texts_of
+
+from llm2slm.data.hash_split import prompt_position
 
 SENTENCES = ("wordnet-base",)
 PAGES = ("gnome-user-docs", "evolution-common")
@@ -224,7 +226,7 @@ def summary_pairs(folder: Path) -> list[dict[str, str]]:
 # --------------------------------------------------------------------------------------------------------------- build
 def choose(rows: list[dict[str, str]], number: int) -> list[dict[str, str]]:
     """As many rows as asked for, by the hash of their prompt, in their order."""
-    chosen = sorted(range(len(rows)), key=lambda i: position(" ".join(normalize(rows[i]["prompt"]))))[:number]
+    chosen = sorted(range(len(rows)), key=lambda i: prompt_position(rows[i]["prompt"]))[:number]
     return [rows[i] for i in sorted(chosen)]
 
 

@@ -47,12 +47,17 @@ def drop_near_identical(rows: list[dict[str, str]], beside: Iterable[str] = ()) 
     return kept
 
 
+def row_runs(row: dict[str, str]) -> set[tuple[str, ...]]:
+    """The runs of `RUN` words of a row's prompt and, if it has one, its completion."""
+    return {run for side in SIDES if side in row for run in runs(row[side], RUN)}
+
+
 def drop_sharing(rows: list[dict[str, str]], texts: Iterable[str]) -> list[dict[str, str]]:
     """Drops the rows of which a side shares a run of `RUN` words with one of the texts."""
-    runs_of = [{run for side in SIDES if side in row for run in runs(row[side], RUN)} for row in rows]
-    asked = set().union(*runs_of)  # of the rows, as the texts may be many
+    found = [row_runs(row) for row in rows]
+    asked = set().union(*found)  # of the rows, as the texts may be many
     shared = {run for text in texts for run in runs(text, RUN) if run in asked}
-    return [row for row, found in zip(rows, runs_of, strict=True) if not found & shared]
+    return [row for row, own in zip(rows, found, strict=True) if shared.isdisjoint(own)]
 
 
 def texts_of(splits: Iterable[Dataset]) -> list[str]:
