@@ -92,7 +92,7 @@ def write_card(
     path = Path(output) if output else folder / "README.md"
     check_replaceable(path)
     reports, own = order_reports(list(report), folder)
-    check_own(outside, folder)
+    outside_reports = read_outside(outside, folder)
     speed = None if benchmark is None else read_json(benchmark, "systems", "ratios")
     bases = find_bases(trained, llm_name, slm_name)
     licences = find_licences(trained, bases, license, llm_license)
@@ -112,8 +112,8 @@ def write_card(
         training=describe_training(trained),
         options=[(name, as_code(value)) for name, value in trained["recipe"].items() if name not in SHOWN_ELSEWHERE],
         has_loss_curve=(path.parent / "loss.png").exists(),
-        limits=describe_limits(trained, folder, bases, own, outside),
-        failure=find_failure(outside[0], folder) if outside else None,
+        limits=describe_limits(trained, folder, bases, own, outside_reports),
+        failure=find_failure(outside[0], outside_reports[0], folder) if outside else None,
         licence=describe_licence(trained, bases, licences),
     )
     ModelCard(str(card))  # what is not valid metadata raises a ValueError
@@ -166,17 +166,18 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, 
     return ordered, reports[own[0]] if own else None
 
 
-def check_own(paths: Sequence[str], folder: Path) -> None:
+def read_outside(paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """
-    Checks that reports are of this model.
+    Reads reports of this model on other text.
 
     Raises:
-        ValueError: if one is of another.
+        ValueError: if one is of another model.
     """
-    for path in paths:
-        model = read_report(path)["model"]
-        if Path(model).name != folder.resolve().name:
-            raise ValueError(f"--outside: {path} is of {model!r}, not of {str(folder)!r}.")
+    reports = [read_report(path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if Path(report["model"]).name != folder.resolve().name:
+            raise ValueError(f"--outside: {path} is of {report['model']!r}, not of {str(folder)!r}.")
+    return reports
 
 
 def find_bases(trained: dict[str, Any], llm_name: str | None, slm_name: str | None) -> dict[str, str]:

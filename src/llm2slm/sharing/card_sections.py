@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_report, read_texts
+from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_texts
 from ..utils import read_json
 
 SHORT = 160  # characters of the prompt of a failure that is shown
@@ -238,7 +238,7 @@ def describe_teacher(teacher: dict[str, Any]) -> str:
 
 
 def describe_limits(
-    trained: dict, folder: Path, bases: dict[str, str], own: dict | None, outside: Sequence[str] = ()
+    trained: dict, folder: Path, bases: dict[str, str], own: dict | None, outside: Sequence[dict] = ()
 ) -> list[str]:
     """What follows from how it was made."""
     from ..training.options import TrainOptions
@@ -255,7 +255,7 @@ def describe_limits(
         f"It was trained on prompts of up to {limits['prompt_max_length']} tokens and responses of up to "
         f"{limits['response_max_length']}; longer ones were {longer}.",
         f"It was trained for one task, that of its data. {measured} how its responses may mislead or harm.",
-        *(describe_outside(read_report(path), own) for path in outside),
+        *(describe_outside(report, own) for report in outside),
     ]
     if trained["data"]["prompt_format"] and not re.fullmatch(r"\{[^{}]*\}", trained["data"]["prompt_format"]):
         by_tokenizer = trained["arm"] == "llm2slm" and read_json(str(folder / "config.json")).get("prompt_format")
@@ -282,11 +282,11 @@ def describe_outside(report: dict[str, Any], own: dict | None) -> str:
     )
 
 
-def find_failure(path: str, folder: Path) -> dict[str, str]:
+def find_failure(path: str, report: dict[str, Any], folder: Path) -> dict[str, str]:
     """The prompt and the response, of a report's short prompts, whose response has the least chrF."""
     from ..evaluation.metrics import compute_statistics
 
-    texts = read_texts(path, read_report(path)["data"]["examples"])
+    texts = read_texts(path, report["data"]["examples"])
     short = [row for row in texts if len(str(row["prompt"])) <= SHORT] or texts
     statistics = compute_statistics("chrf", [row["response"] for row in short], [row["completion"] for row in short])
     worst = short[min(range(len(short)), key=lambda i: statistics.score_of(statistics.rows[i]))]
