@@ -360,7 +360,7 @@ def test_without_an_llm_nothing_is_tolerated(noisy, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": PROMPT.repeat(2, 1)}, "one prompt at a time, got a batch of 2"),
+        ({"inputs": PROMPT.repeat(2, 1), "streamer": object()}, "the tokens of one response, got 2 prompts"),
         ({"num_beams": 2}, "one response.*got num_beams=2"),
         ({"prompt_embeds": torch.zeros(1, 3, 24)}, "that LLM reads the prompt: pass `input_ids`"),
         ({"guidance_scale": 1.5}, "Only a greedy response with `tolerance=0` can have guidance_scale=1.5"),

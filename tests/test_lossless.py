@@ -130,6 +130,31 @@ def test_padding_of_the_prompt_changes_nothing(kind, side):
     assert (output.llm_calls, output.draft_tokens) == (expected.llm_calls, expected.draft_tokens)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_several_prompts_are_answered_as_each_by_itself(kind, do_sample):
+    llm = build_llm(kind)
+    model = build_copying_drafter(llm, noise=0.05)
+    prompts = [PROMPT, PROMPT[:, :3], PROMPT.flip(1)]
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=PAD) for ids in prompts])
+    # The second response ends early, so it is padded.
+    end = greedy(llm, prompt=prompts[1], max_new_tokens=12, **VARIED)[0, 4].item()
+    options = {"max_new_tokens": 12, "eos_token_id": end, "do_sample": do_sample, **VARIED}
+    torch.manual_seed(0)
+    apart = [model.generate_lossless(prompt, llm=llm, **options) for prompt in prompts]
+    torch.manual_seed(0)
+    output = model.generate_lossless(ids, attention_mask=(ids != PAD).long(), llm=llm, **options)
+    for row, alone in zip(output.sequences, apart, strict=True):
+        assert row[: alone.sequences.shape[1]].tolist() == alone.sequences[0].tolist()
+        assert set(row[alone.sequences.shape[1] :].tolist()) <= {llm.generation_config.pad_token_id}
+    lengths = [alone.sequences.shape[1] for alone in apart]
+    assert output.sequences.shape[1] == max(lengths) and (do_sample or min(lengths) < max(lengths))
+    for count in ("llm_calls", "draft_tokens", "accepted_tokens"):
+        assert output[count] == sum(alone[count] for alone in apart)
+    assert output.acceptance_rate == output.accepted_tokens / output.draft_tokens
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_prompt_is_read_once(kind, count_calls):
     llm = endless(build_llm(kind))
@@ -329,7 +354,7 @@ def test_leaves_both_models_as_they_were(llm, noisy):
         ({"output_scores": True}, "returns its ids and counts; got output_scores=True"),
         ({"max_draft_tokens": 0}, "`max_draft_tokens` must be a positive integer, got 0"),
         ({"draft_confidence": 1.5}, "`draft_confidence` must be from 0 to 1, got 1.5"),
-        ({"inputs": PROMPT.repeat(2, 1)}, "one prompt at a time, got a batch of 2"),
+        ({"inputs": PROMPT.repeat(2, 1), "streamer": object()}, "the tokens of one response, got 2 prompts"),
         ({"inputs": PROMPT + 100}, "ids of the LLM's tokenizer, from 0 to 59"),
         ({"attention_mask": torch.zeros_like(PROMPT)}, "has no token: its prompt is empty"),
     ],

@@ -42,15 +42,16 @@ class LosslessOutput(ModelOutput):
     What the LLM would have written by itself, or a response within its tolerance, and what it took.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(1, response_length)`):
-            The response's ids of the *LLM's* tokenizer, without the prompt. An encoder-decoder LLM's begin with its
-            start token, as everywhere in Transformers.
+        sequences (`torch.LongTensor` of shape `(batch_size, response_length)`):
+            The responses' ids of the *LLM's* tokenizer, without the prompts, padded on the right. An encoder-decoder
+            LLM's begin with its start token, as everywhere in Transformers.
         llm_calls (`int`):
-            How often the LLM ran, the prompt's run included (for an encoder-decoder LLM, its encoder's).
+            How often the LLM ran, the prompt's run included (for an encoder-decoder LLM, its encoder's). This and the
+            other counts are of all prompts together.
         draft_tokens (`int`):
             How many tokens were drafted.
         accepted_tokens (`int`):
-            How many of them are in the response.
+            How many of them are in the responses.
         acceptance_rate (`float`):
             `accepted_tokens / draft_tokens`, the share that was kept; 0 if nothing was drafted.
         unasked_tokens (`int`):
@@ -92,17 +93,19 @@ class LosslessGenerationMixin(GenerationMixin):
         SmolLM2-135M's responses to 200 real prompts none changed in float32, and 55 in bfloat16, which tells scores
         apart by a hundredth only (results/simplify).
 
+        Several prompts are answered one after another: each takes as long as by itself.
+
         Args:
-            inputs (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
                 Same as `input_ids`.
             generation_config (`GenerationConfig`, *optional*):
                 As in `llm.generate`; defaults are those of `llm.generation_config`, but it samples only if asked to.
             llm (`PreTrainedModel`):
                 The LLM with its head and all its layers, which this model was built on. It also encodes the prompt,
                 so `self.llm` is not used and need not be loaded (`from_pretrained(..., load_llm=False)`).
-            input_ids (`torch.LongTensor` of shape `(1, prompt_length)`, *optional*):
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
                 Prompt ids of the LLM's tokenizer.
-            attention_mask (`torch.Tensor` of shape `(1, prompt_length)`, *optional*):
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
                 1 for tokens, 0 for padding on either side. All ones if omitted.
             max_draft_tokens (`int`, *optional*, defaults to 16):
                 How many tokens the SLM drafts at most before the LLM verifies them.
@@ -121,8 +124,8 @@ class LosslessGenerationMixin(GenerationMixin):
             [`LosslessOutput`] with `sequences`, `acceptance_rate` and `llm_calls`.
 
         Raises:
-            ValueError: for more than one prompt or beams; if `llm` has no head or is another LLM than this model was
-                built on; if its tokenizer and the SLM's are not the same or the same trimmed
+            ValueError: for beams, or a streamer of several prompts; if `llm` has no head or is another LLM than this
+                model was built on; if its tokenizer and the SLM's are not the same or the same trimmed
                 (`config.shared_tokenizer`); if one of the two models cannot take tokens back; and for an invalid
                 prompt (see `encode_prompt`).
         """
@@ -160,14 +163,21 @@ class LosslessGenerationMixin(GenerationMixin):
         if (most := dial.max_draft_tokens) is True or not isinstance(most, int) or most < 1:
             raise ValueError(f"`max_draft_tokens` must be a positive integer, got {most!r}.")
         input_ids, attention_mask = check_prompt_ids(self.config, input_ids, attention_mask)
-        if input_ids.shape[0] != 1:
-            raise ValueError(f"Drafting for `llm` takes one prompt at a time, got a batch of {input_ids.shape[0]}.")
-        prompt_ids = input_ids[attention_mask.to(input_ids.device) != 0][None].to(llm.device)  # without padding
+        if len(input_ids) > 1 and arguments.get("streamer") is not None:
+            raise ValueError(f"A `streamer` gets the tokens of one response, got {len(input_ids)} prompts.")
         arguments = _generate_arguments(arguments, dial)
+        outputs = []
+        for row, tokens in enumerate(attention_mask.to(input_ids.device) != 0):
+            of_row = {name: arguments[name][row : row + 1] for name in _OF_EACH_PROMPT if name in arguments}
+            prompt_ids = input_ids[row, tokens][None].to(llm.device)  # without padding
+            outputs.append(self._answer(llm, prompt_ids, arguments | of_row, dial))
+        return outputs[0] if len(outputs) == 1 else _together(outputs, _pad_token_id(llm, arguments))
+
+    def _answer(self, llm, prompt_ids, arguments, dial) -> LosslessOutput:
+        """The response to one prompt, `(1, prompt_length)`, which has no padding."""
         if not llm.config.is_encoder_decoder:  # its `generate` counts the prompt
-            for name in ("max_length", "min_length"):
-                if arguments.get(name) is not None:
-                    arguments[name] += prompt_ids.shape[1]
+            lengths = [name for name in ("max_length", "min_length") if arguments.get(name) is not None]
+            arguments = arguments | {name: arguments[name] + prompt_ids.shape[1] for name in lengths}
         mask = torch.ones_like(prompt_ids)
         writer, start_drafter = self._writer_and_drafter(llm, prompt_ids, mask, dial)
         decode = functools.partial(
@@ -261,14 +271,14 @@ _OWN_LOOP: dict[str, Any] = {
     "compile_config": None,
     "continuous_batching_config": None,
 }
+_OF_EACH_PROMPT = ("negative_prompt_ids", "negative_prompt_attention_mask")
 _CALL = (
     "logits_processor",
     "stopping_criteria",
     "prefix_allowed_tokens_fn",
     "streamer",
     "tokenizer",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
+    *_OF_EACH_PROMPT,
 )
 
 
@@ -428,6 +438,30 @@ def _draft_and_verify(
         accepted_tokens=accepted_tokens,
         acceptance_rate=accepted_tokens / max(draft_tokens, 1),
         unasked_tokens=unasked_tokens,
+    )
+
+
+def _pad_token_id(llm, arguments) -> int:
+    """What `llm.generate` pads with."""
+    for settings in (arguments, llm.generation_config.to_dict()):
+        if settings.get("pad_token_id") is not None:
+            return settings["pad_token_id"]
+    for settings in (arguments, llm.generation_config.to_dict()):
+        if (ends := settings.get("eos_token_id")) is not None:
+            return ends[0] if isinstance(ends, (list, tuple)) else ends
+    return 0
+
+
+def _together(outputs: list[LosslessOutput], pad_token_id: int) -> LosslessOutput:
+    """The outputs of several prompts as one."""
+    counts = ("llm_calls", "draft_tokens", "accepted_tokens", "unasked_tokens")
+    total: dict[str, Any] = {name: sum(output[name] for output in outputs) for name in counts}
+    return LosslessOutput(
+        sequences=torch.nn.utils.rnn.pad_sequence(
+            [output.sequences[0] for output in outputs], batch_first=True, padding_value=pad_token_id
+        ),
+        acceptance_rate=total["accepted_tokens"] / max(total["draft_tokens"], 1),
+        **total,
     )
 
 
