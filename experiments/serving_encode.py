@@ -4,8 +4,8 @@ What it takes vLLM's engine to encode prompts, on one core: seconds for one, for
     python experiments/serving_encode.py --checkpoint model_cards/simplify-smollm2-135m \\
         --output results/serving_encode.json
 
-It runs where vLLM and the plugin are installed. `packed` has the LLM's linear layers as vLLM runs those of its own
-models on a CPU, with their weights laid out beforehand.
+It runs where vLLM and the plugin are installed. `packed` is how the plugin runs the linear layers of the LLM on a CPU:
+as vLLM runs those of its own models, with their weights laid out beforehand.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 import llm2slm  # noqa: F401  (registers the configuration)
 from llm2slm.serving.vllm_encoder import PromptEncoder
@@ -53,10 +52,7 @@ def main():
         encoder = PromptEncoder(config, getattr(torch, dtype), torch.device("cpu"))
         encoder.load({place: weights[name] for name in weights if (place := encoder.place_of(name)) is not None})
         rows.append({"dtype": dtype, "linear": "as it is", **measure(encoder, arguments.repeats)})
-        for layer in encoder.modules():
-            if type(layer) is torch.nn.Linear:
-                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-                layer.forward = lambda x, layer=layer: layer.cpu_linear(x, layer.weight, layer.bias)
+        encoder.pack()
         rows.append({"dtype": dtype, "linear": "packed", **measure(encoder, arguments.repeats)})
     report = {"checkpoint": arguments.checkpoint, "machine": machine(), "versions": versions()}
     write_json(arguments.output, {**report, "milliseconds": rows})

@@ -1,14 +1,33 @@
 """What encodes the prompt in vLLM's engine: the frozen LLM and the projector, as the product runs them."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.initialization import no_init_weights
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..loading_llm2slm import llm_auto_class, slm_auto_class
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+
+
+class PackedLinear(nn.Module):
+    """
+    A linear layer as vLLM runs those of its own models on a CPU: its weights are laid out for that once. It takes the
+    place of `linear`, whose weights it does not keep.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.cpu_linear: Any = None
+        dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """From `(..., in_features)` to `(..., out_features)`."""
+        return self.cpu_linear(states, self.weight, self.bias)
 
 
 class SLMEmbeddings(nn.Module):
@@ -57,7 +76,7 @@ class PromptEncoder(nn.Module):
         self.pair.projector.to(dtype)
         self.pair.slm = SLMEmbeddings(embeddings, dtype)
         self.pair.requires_grad_(False).eval()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
 
     def place_of(self, name: str) -> str | None:
         """Where a tensor of the checkpoint goes; `None` for one of the rest of the SLM's."""
@@ -82,6 +101,14 @@ class PromptEncoder(nn.Module):
             raise ValueError(f"The checkpoint's weights are not this pair's: {sorted([*missing, *unexpected])[:3]}.")
         if self.pair.llm is None:
             self.pair.load_llm(dtype=self.dtype)
+
+    def pack(self) -> None:
+        """Has the linear layers of the LLM and the projector packed, once their weights are loaded. On a CPU only."""
+        head = self.pair.llm.get_output_embeddings()  # it is never run
+        for module in list(self.pair.modules()):
+            for name, layer in module.named_children():
+                if type(layer) is nn.Linear and layer is not head:
+                    setattr(module, name, PackedLinear(layer))
 
     @torch.inference_mode()
     def forward(self, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -165,6 +165,8 @@ class LLM2SLMForVLLM(nn.Module, SupportsMultiModal, SupportsLoRA):
         if self.encoder is None:
             return loaded
         self.encoder.load(of_encoder)
+        if self.encoder.device.type == "cpu":
+            self.encoder.pack()
         return loaded | {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
 
     def get_mm_mapping(self):
