@@ -44,6 +44,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
 from llm2slm.cli import main as cli  # noqa: E402
 
+ON_CPU = current_platform.is_cpu()
 WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12
 SMALL = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 16}
 GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS}
@@ -222,6 +223,36 @@ def test_greedy_tokens_equal_generate_and_a_repeated_prompt_runs_no_llm(tmp_path
     assert calls  # so they are counted
 
 
+def test_two_processes_share_the_layers(tmp_path, monkeypatch):
+    if ON_CPU:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each
+    model, _ = save_pair(tmp_path / "pair")
+    prompts = [ids.tolist() for ids in build_prompts((5, 9, 3, 40))]
+    engine = vllm.LLM(str(tmp_path / "pair"), tensor_parallel_size=2, block_size=32, **SMALL)
+    try:
+        assert written(engine, prompts) == [greedy(model, ids) for ids in prompts]
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+
+def test_a_quantized_slm_writes_nearly_as_before(tmp_path):
+    model, _ = save_pair(tmp_path / "pair")
+    ids = build_prompts((9,))[0]
+    options = {"dtype": "bfloat16", "quantization": "fp8_per_channel", "distributed_executor_backend": "uni"}
+    engine = vllm.LLM(str(tmp_path / "pair"), **{**SMALL, **options})
+    parts = ("slm", "encoder")
+    (dtypes,) = engine.apply_model(
+        lambda model: {part: {weight.dtype for weight in getattr(model, part).parameters()} for part in parts}
+    )
+    assert torch.float8_e4m3fn in dtypes["slm"] and dtypes["encoder"] == {torch.bfloat16}
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, logprobs=20)
+    (output,) = engine.generate([{"prompt_token_ids": ids.tolist()}], sampling, use_tqdm=False)
+    scores = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+    start = torch.tensor([[model.config.decoder_start_token_id]])
+    expected = model(ids[None], decoder_input_ids=start).logits[0, -1].log_softmax(dim=-1)
+    torch.testing.assert_close(torch.tensor(list(scores.values())), expected[list(scores)], atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -234,6 +265,9 @@ def test_greedy_tokens_equal_generate_and_a_repeated_prompt_runs_no_llm(tmp_path
         (LANGUAGE_MODEL_ONLY, "Without its LLM"),
         ({"pipeline_parallel_size": 2}, "not split by layers"),
         ({"max_model_len": 100}, "max_model_len"),
+        pytest.param(
+            {"enable_lora": True}, "merge the adapter", marks=pytest.mark.skipif(not ON_CPU, reason="of CPUs alone")
+        ),
     ],
 )
 def test_what_would_be_wrong_is_refused_at_start(tmp_path, options, message):
@@ -421,7 +455,7 @@ def test_two_servers_encode_and_two_write_and_of_each_one_may_be_killed(tmp_path
     with running(*encoders, *writers), ThreadPoolExecutor(4) as threads:
         status, answer = writers[0].post("completions", prompt=TEXT)
         assert status == 400 and "has not been encoded" in answer
-        if current_platform.is_cpu():  # and prompts are read in parts here
+        if ON_CPU:  # and prompts are read in parts here
             assert encoders[0].post("completions", prompt=TEXT, temperature=1.0, seed=1)[0] == 400
         assert list(threads.map(answer_to, range(32))) == expected
         assert {*refused} == {encoders[0], writers[0]}

@@ -78,8 +78,8 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         """
-        Raises a `ValueError` for speculation with a draft model, for pipeline parallelism, and for a connector that a
-        prompt which was never encoded ends.
+        Raises a `ValueError` for speculation with a draft model, for pipeline parallelism, for a connector that a
+        prompt which was never encoded ends, and for adapters on a CPU.
         """
         speculation = vllm_config.speculative_config
         if speculation is not None and speculation.method not in SPECULATION:
@@ -91,6 +91,12 @@ class LLM2SLMServing(VerifyAndUpdateConfig):
             raise ValueError(
                 "A pair is not split by layers: leave out `--pipeline-parallel-size`; `--tensor-parallel-size` is "
                 "served."
+            )
+        if vllm_config.lora_config is not None and current_platform.is_cpu():
+            # vLLM 0.32 takes -1, which stands for none, for the last adapter.
+            raise ValueError(
+                "On a CPU vLLM writes a request without an adapter with that of another in its batch: leave out "
+                "`--enable-lora`, merge the adapter into the SLM, and serve that checkpoint."
             )
         transfer = vllm_config.ec_transfer_config
         if transfer is not None and transfer.ec_connector == "ECExampleConnector":
