@@ -38,6 +38,7 @@ from transformers.generation import (
 
 from llm2slm import LLM2SLMForConditionalGeneration, decoding_llm2slm
 from llm2slm.arguments_llm2slm import only_special_tokens
+from llm2slm.inputs_llm2slm import CACHE, CACHE_NAMES
 
 PROMPT = padded(build_prompts())
 DOCS = Path(__file__).parent.parent / "docs" / "generation.md"
@@ -407,7 +408,7 @@ def test_what_cannot_be_honoured_is_refused_before_the_llm_runs(name, count_call
 
 
 def test_none_asks_for_nothing(model):
-    names = [*REFUSED, *AT_THE_DOOR, "past_key_values", "labels", "decoder_input_ids"]
+    names = [*REFUSED, *AT_THE_DOOR, *CACHE_NAMES, "labels", "decoder_input_ids"]
     assert torch.equal(write(model, **dict.fromkeys(names)), write(model))
 
 
@@ -460,13 +461,14 @@ def test_a_start_token_is_for_slms_that_have_one(model):
     assert torch.equal(write(model, decoder_start_token_id=model.config.decoder_start_token_id), write(model))
 
 
-def test_an_empty_cache_is_filled_and_a_full_one_refused(model):
+@pytest.mark.parametrize("name", CACHE_NAMES)  # whichever is Transformers' own
+def test_an_empty_cache_is_filled_and_a_full_one_refused(model, name):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_encoder_decoder(model) else DynamicCache()
-    output = write(model, past_key_values=cache, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, write(model)) and output.past_key_values is cache
+    output = write(model, **{name: cache}, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, write(model)) and output[CACHE] is cache
     for full in (cache, ((EMBEDS, EMBEDS),)):
-        with pytest.raises(ValueError, match="`past_key_values` must be an empty `Cache`"):
-            write(model, past_key_values=full)
+        with pytest.raises(ValueError, match="must be an empty `Cache`"):
+            write(model, **{name: full})
 
 
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "quantized", "dynamic"])
@@ -490,7 +492,7 @@ def test_continuous_batching_is_refused(model):
 def test_a_cache_is_returned_in_the_old_format(model):
     options = {"return_legacy_cache": True, "return_dict_in_generate": True}
     if TRANSFORMERS_4:
-        assert isinstance(write(model, **options).past_key_values, tuple)
+        assert isinstance(write(model, **options)[CACHE], tuple)
     else:
         with pytest.raises(ValueError, match="return_legacy_cache"):
             write(model, **options)

@@ -155,6 +155,21 @@ def test_several_prompts_are_answered_as_each_by_itself(kind, do_sample):
     assert output.acceptance_rate == output.accepted_tokens / output.draft_tokens
 
 
+def test_what_differs_from_prompt_to_prompt_goes_to_its_own(llm, noisy):
+    prompts = torch.cat([PROMPT, PROMPT.flip(1)])
+    options = {"llm": llm, "max_new_tokens": 6, "negative_prompt_ids": None}
+    output = noisy.generate_lossless(prompts, prefix_allowed_tokens_fn=lambda row, ids: [7 + row, 9 + row], **options)
+    assert {*output.sequences[0].tolist()} <= {7, 9} and {*output.sequences[1].tolist()} <= {8, 10}
+    options["negative_prompt_ids"] = torch.tensor([[5, 6], [8, 7]])
+    output = noisy.generate_lossless(prompts, guidance_scale=3.0, **options)
+    for row, prompt in enumerate(prompts):
+        options["negative_prompt_ids"] = torch.tensor([[5, 6], [8, 7]])[row : row + 1]
+        alone = noisy.generate_lossless(prompt[None], guidance_scale=3.0, **options)
+        assert torch.equal(alone.sequences[0], output.sequences[row])
+    with pytest.raises(ValueError, match="`negative_prompt_ids` has 1 rows, but there are 2 prompts"):
+        noisy.generate_lossless(prompts, guidance_scale=3.0, **options)
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_the_prompt_is_read_once(kind, count_calls):
     llm = endless(build_llm(kind))

@@ -25,6 +25,8 @@ from transformers.generation import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
+from .inputs_llm2slm import CACHE, CACHE_NAMES
+
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 _NO_PROMPT_IDS = "it needs the prompt as ids of the SLM, which reads embeddings of the LLM's tokens"
@@ -233,10 +235,15 @@ def refuse_what_cannot_be_had(
             )
     if config.cache_implementation == "paged":
         raise ValueError(f"`cache_implementation='paged'` is for continuous batching, but {_NO_PROMPT_IDS}.")
-    cache = kwargs.get("past_key_values")
+    for name in CACHE_NAMES:
+        if name in kwargs and kwargs[name] is None:
+            del kwargs[name]
+        elif name in kwargs:
+            kwargs[CACHE] = kwargs.pop(name)
+    cache = kwargs.get(CACHE)
     if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
         raise ValueError(
-            "`past_key_values` must be an empty `Cache`: one that is filled belongs to a prompt read before. To go on "
+            f"`{CACHE}` must be an empty `Cache`: one that is filled belongs to a prompt read before. To go on "
             "with a response pass it as `decoder_input_ids`; to reuse an encoded prompt pass `prompt_embeds`."
         )
     if custom_generate is None:  # it may have arguments of its own; the SLM checks them

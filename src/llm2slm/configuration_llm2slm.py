@@ -103,7 +103,7 @@ class LLM2SLMConfig(PretrainedConfig):
     model_type = "llm2slm"
     is_composition = True
     sub_configs = {"llm_config": AutoConfig, "slm_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "encoder_last_hidden_state"]
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ from transformers.utils import logging
 from .arguments_llm2slm import SPECIAL_TOKENS
 from .beams_llm2slm import search_beams
 from .few_rows_llm2slm import CompiledFewRows
+from .inputs_llm2slm import CACHE
 
 logger = logging.get_logger(__name__)
 
@@ -221,12 +222,12 @@ class CompiledStep:
 
     def read_prompt(self) -> torch.Tensor:
         """Logits of the prompt; its keys and values are set out for the steps."""
-        given = {name: self.given[name] for name in ("past_key_values", "logits_to_keep") if name in self.given}
+        given = {name: self.given[name] for name in (CACHE, "logits_to_keep") if name in self.given}
         prepare = self._encoder_decoder_inputs if self.slm.config.is_encoder_decoder else self._decoder_only_inputs
         output = self.slm(**prepare(), **given, use_cache=True, return_dict=True)
         if "cache_position" in self.arguments:  # Transformers 4
             self.inputs["cache_position"] = torch.tensor([self.length], device=self.prompt_ids.device)
-        cache, logits = output.past_key_values, output.logits
+        cache, logits = output[CACHE], output.logits
         if logits.shape[0] < self.prompt_mask.shape[0]:
             cache.batch_repeat_interleave(self.rows_per_prompt)
             logits = logits.repeat_interleave(self.rows_per_prompt, dim=0)
@@ -265,7 +266,7 @@ class CompiledStep:
         except IndexError:
             idle = None
         self.unguarded = None
-        self.capacity, self.inputs["past_key_values"] = capacity, _fixed_cache(cache, self.length, capacity, idle)
+        self.capacity, self.inputs[CACHE] = capacity, _fixed_cache(cache, self.length, capacity, idle)
         # Positions not yet written are hidden by causality.
         self.inputs[f"{self.prefix}attention_mask"] = nn.functional.pad(
             self.prompt_mask, (0, capacity - self.prompt_mask.shape[1]), value=1
@@ -294,7 +295,7 @@ class CompiledStep:
 
     def _make_room(self):
         if self.length == self.capacity:
-            self._set_out_cache(self.inputs["past_key_values"], 2 * self.capacity)
+            self._set_out_cache(self.inputs[CACHE], 2 * self.capacity)
 
     def _move(self, number):
         self.length += number
@@ -305,7 +306,7 @@ class CompiledStep:
         """Goes on with what was written in these rows, of shape `(batch_size,)`; each is of the same prompt."""
         if rows.tolist() == list(range(len(rows))):
             return
-        cache = self.inputs["past_key_values"]
+        cache = self.inputs[CACHE]
         for layer in getattr(cache, "self_attention_cache", cache).layers:
             for states in (layer.keys, layer.values):
                 written = states[:, :, : self.length]  # in place: CUDA graphs replay on one address
@@ -313,7 +314,7 @@ class CompiledStep:
 
     def end(self) -> None:
         """Leaves the cache to the next response."""
-        self.compiled.idle_caches.append(self.inputs["past_key_values"])
+        self.compiled.idle_caches.append(self.inputs[CACHE])
 
     def _run(self):
         if self.unguarded is not None:
@@ -336,7 +337,7 @@ class CompiledStep:
 
     def _forget_step(self):
         """Takes back that a step which failed half-way has counted its token: the layers of Transformers 5 do."""
-        cache = self.inputs["past_key_values"]
+        cache = self.inputs[CACHE]
         for layer in getattr(cache, "self_attention_cache", cache).layers:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(self.length)

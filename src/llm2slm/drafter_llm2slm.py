@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import logging
 
 from .decoding_llm2slm import CompiledStep, why_not_compiled
-from .inputs_llm2slm import PROMPT_AND_RESPONSE, check_positions
+from .inputs_llm2slm import CACHE, PROMPT_AND_RESPONSE, check_positions
 from .loading_llm2slm import max_positions
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class _PlainSteps:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(vocab_size,)` behind further tokens of shape `(1, length)`; -1 is one that it lacks."""
         first = self.cache.get_seq_length() == 0
-        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        arguments = {CACHE: self.cache, "use_cache": True, "return_dict": True}
         if self.is_encoder_decoder:
             ids = _lacking_as_padding(self.slm, ids)
             if first:

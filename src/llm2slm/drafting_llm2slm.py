@@ -31,7 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from .arguments_llm2slm import stop_at_strings
 from .drafter_llm2slm import Dial, Draft, Drafter
 from .few_rows_llm2slm import EagerFewRows
-from .inputs_llm2slm import check_prompt_ids, given_once
+from .inputs_llm2slm import CACHE, check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
 from .loading_llm2slm import check_same_architecture
 
@@ -93,7 +93,8 @@ class LosslessGenerationMixin(GenerationMixin):
         SmolLM2-135M's responses to 200 real prompts none changed in float32, and 55 in bfloat16, which tells scores
         apart by a hundredth only (results/simplify).
 
-        Several prompts are answered one after another: each takes as long as by itself.
+        Several prompts are answered one after another. Each takes as long as by itself, and has its own `max_time`;
+        logits processors and stopping criteria see one response at a time, without padding.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
@@ -165,12 +166,14 @@ class LosslessGenerationMixin(GenerationMixin):
         input_ids, attention_mask = check_prompt_ids(self.config, input_ids, attention_mask)
         if len(input_ids) > 1 and arguments.get("streamer") is not None:
             raise ValueError(f"A `streamer` gets the tokens of one response, got {len(input_ids)} prompts.")
+        for name in _OF_EACH_PROMPT:
+            if arguments.get(name) is not None and len(arguments[name]) != len(input_ids):
+                raise ValueError(f"`{name}` has {len(arguments[name])} rows, but there are {len(input_ids)} prompts.")
         arguments = _generate_arguments(arguments, dial)
         outputs = []
         for row, tokens in enumerate(attention_mask.to(input_ids.device) != 0):
-            of_row = {name: arguments[name][row : row + 1] for name in _OF_EACH_PROMPT if name in arguments}
             prompt_ids = input_ids[row, tokens][None].to(llm.device)  # without padding
-            outputs.append(self._answer(llm, prompt_ids, arguments | of_row, dial))
+            outputs.append(self._answer(llm, prompt_ids, arguments | _of_row(arguments, row), dial))
         return outputs[0] if len(outputs) == 1 else _together(outputs, _pad_token_id(llm, arguments))
 
     def _answer(self, llm, prompt_ids, arguments, dial) -> LosslessOutput:
@@ -322,6 +325,14 @@ def _generate_arguments(arguments, dial) -> dict[str, Any]:
     return arguments | {"use_cache": False, "cache_implementation": None}
 
 
+def _of_row(arguments, row) -> dict[str, Any]:
+    """What differs from prompt to prompt, for the one in `row`."""
+    of_row = {name: arguments[name][row : row + 1] for name in _OF_EACH_PROMPT if arguments.get(name) is not None}
+    if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
+        of_row["prefix_allowed_tokens_fn"] = lambda _, ids: allowed(row, ids)
+    return of_row
+
+
 def _other_than(values, arguments) -> str:
     """Those of `arguments` that are neither `None` nor what `values` says."""
     asked = {name: arguments[name] for name, value in values.items() if arguments.get(name) not in (None, value)}
@@ -382,7 +393,7 @@ def _draft_and_verify(
         # 2. Verify: one run over what the LLM has not read yet and the draft.
         if asked:
             new_ids = torch.cat([unread, unread.new_tensor([draft.tokens])], dim=1)
-            arguments = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+            arguments = {CACHE: cache, "use_cache": True, "return_dict": True}
             if fewer_logits:
                 arguments["logits_to_keep"] = length + 1
             if is_encoder_decoder:

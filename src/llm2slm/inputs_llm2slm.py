@@ -4,6 +4,7 @@ One of the files copied into every checkpoint: it imports nothing but torch, tra
 on Transformers 4.x and 5.x.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from .loading_llm2slm import max_positions
 
 PROMPT_AND_RESPONSE = "prompt and the response have"
+# What models call the cache that they are given and return; its old name goes with Transformers 6.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = CACHE_NAMES[CACHE_NAMES[0] not in {field.name for field in dataclasses.fields(Seq2SeqLMOutput)}]
 
 
 def check_tensor(name: str, value) -> None:

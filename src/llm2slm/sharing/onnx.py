@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..inputs_llm2slm import CACHE
 from ..language_models import says_no_length
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
@@ -32,7 +33,7 @@ SLM_FILE, EMBEDDINGS_FILE = "model.onnx", "embed_tokens.onnx"
 PAGE = Path(__file__).parent / "browser"
 EXPORTED = ("llama", "qwen2", "gemma3_text")
 MAX_BYTES = 2**31  # of an ONNX file that holds its weights itself, as a browser wants it
-_CACHE_NAME = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s")
+_CACHE_NAME = re.compile(r"(input|output)\.(?:past_key_values|cache)\.layers\.(\d+)\.(key|value)s")
 
 
 def export_onnx(
@@ -119,12 +120,12 @@ def _step(slm: PreTrainedModel) -> dict[str, Any]:
     """What a call of the SLM takes: two more positions behind three in the cache."""
     width = slm.config.get_text_config().hidden_size
     cache = DynamicCache()  # made without a configuration: it keeps all of the past, in layers with a window too
-    slm(inputs_embeds=torch.zeros(1, 3, width), past_key_values=cache, use_cache=True)
+    slm(inputs_embeds=torch.zeros(1, 3, width), use_cache=True, **{CACHE: cache})
     return {
         "inputs_embeds": torch.zeros(1, 2, width),
         "attention_mask": torch.ones(1, 5, dtype=torch.long),
         "position_ids": torch.tensor([[3, 4]]),
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
         "logits_to_keep": 1,
     }
