@@ -3,13 +3,16 @@
 What goes on and what is finished follows from a few numbers a step. In tensors, as Transformers does it, telling takes
 about as long as a step of a small SLM; here Python tells it, and tensors hold what is long.
 
-One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on
-Transformers 4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but torch, transformers and its siblings, and works
+on Transformers 4.x and 5.x.
 """
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .inputs_llm2slm import CACHE
+
+_SORTS_WHAT_IS_PICKED = CACHE == "cache"  # as Transformers does since 5.24, where the cache has that name
 NEVER = -1e9  # the sum of log probabilities of what is not to be continued
 
 
@@ -110,7 +113,11 @@ def _pick(log_probs, num_candidates, do_sample):
     if not do_sample:
         return log_probs.topk(num_candidates)
     picked = torch.multinomial(log_probs.softmax(dim=-1), num_candidates)
-    return log_probs.gather(1, picked), picked
+    picked_log_probs = log_probs.gather(1, picked)
+    if _SORTS_WHAT_IS_PICKED:
+        picked_log_probs, order = picked_log_probs.sort(dim=-1, descending=True)
+        picked = picked.gather(1, order)
+    return picked_log_probs, picked
 
 
 def _padding(generation_config) -> int:
