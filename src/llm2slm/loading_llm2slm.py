@@ -191,9 +191,10 @@ def _package_folder(package: str, install: str | None) -> str:
     folder = spec.submodule_search_locations[0]
     files = (file for *_, names in os.walk(folder) for file in names)  # a caller may name one in a subfolder
     if not any(file == "config.json" or file.endswith(".gguf") for file in files):
+        how = f"`{install}` does" if install else "its own description says"
         raise OSError(
             f"There is no model in {folder}: neither config.json nor a GGUF file. If the Python package {package!r} "
-            "brings it in parts, join them there, as its own description says."
+            f"brings it in parts, join them there, as {how}."
         )
     return folder
 
