@@ -303,9 +303,9 @@ def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
     model, tokenizer = build_pair(slm), build_tokenizer()
     client = serve(model, tokenizer)
     for kind, dtype in (("float", None), ("base64", None), ("float", "float16"), ("base64", "float16")):
-        body = {"prompt": ["w1 w2 w3", "w4"], "encoding_format": kind} | ({} if dtype is None else {"dtype": dtype})
-        status, _, answer = client.ask(EMBEDDINGS, body)
-        assert status == 200 and answer["usage"]["prompt_tokens"] == 8
+        body = {"prompt": ["w1 w2 w3 w4 w5 w6 w7", "w4"], "encoding_format": kind}
+        status, _, answer = client.ask(EMBEDDINGS, body | ({} if dtype is None else {"dtype": dtype}))
+        assert status == 200 and answer["usage"]["prompt_tokens"] == 12
         for item, prompt in zip(answer["data"], body["prompt"], strict=True):
             states = model.encode_prompt(**tokenizer(prompt, return_tensors="pt")).prompt_embeds[0]
             given = item["embedding"]
@@ -314,6 +314,19 @@ def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
             given = torch.as_tensor(given).float().view(item["shape"])
             close = 1e-5 if dtype is None else 1e-3
             torch.testing.assert_close(given, states.detach(), atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("kind", ["float", "base64"])
+def test_prompt_embeddings_are_written_in_small_pieces(kind, serve):
+    client = serve(build_pair())
+    body = {"prompt": ["w1 " * 50, "w2 " * 50], "encoding_format": kind}
+    with client.send(body, EMBEDDINGS) as connection, connection.makefile("rb") as answer:
+        connection.settimeout(20)
+        while answer.readline() != b"\r\n":  # its headers
+            pass
+        pieces = [answer.read(int(size, 16) + 2)[:-2] for size in iter(answer.readline, b"0\r\n")]
+    assert json.loads(b"".join(pieces)) == client.ask(EMBEDDINGS, body)[2]
+    assert max(map(len, pieces)) < sum(map(len, pieces)) / 10
 
 
 def test_prompt_embeddings_that_16_bits_do_not_hold_are_refused(serve):
@@ -461,6 +474,10 @@ def test_limits_of_one_request(serve):
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1", "max_tokens": 62}), 400, "need 65 positions")
     assert client.ask(COMPLETIONS, {"prompt": "w1"})[2]["usage"]["completion_tokens"] == 61  # what there is room for
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1 " * 900}), 413, "2000 bytes")
+    ids = [[5] * 10] * 2
+    few = serve(build_pair(), prompt_tokens=10, batch_size=2)
+    assert few.ask(EMBEDDINGS, {"prompt": ids})[0] == 200
+    assert_refused(few.ask(EMBEDDINGS, {"prompt": [*ids, [5]]}), 400, "21 tokens together, and may have 20")
     connection = client.send({"prompt": "w1"})
     connection.close()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:  # of a size that is not said before
@@ -486,7 +503,8 @@ def test_prompts_that_only_fit_alone_are_not_put_together(serve, held):
 def test_a_full_queue_says_when_to_come_again(serve, held):
     model = build_pair()
     client, gate = serve(model, queue=2), held(model)
-    assert_refused(client.ask(COMPLETIONS, {"prompt": ["w1", "w2", "w3"]}), 400, "2 answers at most")
+    for path in (COMPLETIONS, EMBEDDINGS):  # before they are tokenized, which would find the last one empty
+        assert_refused(client.ask(path, {"prompt": ["w1", "w2", ""]}), 400, "2 answers at most")
     begun = client.send({"prompt": "w1"})
     client.wait_for_a_batch()
     waiting = client.send({"prompt": ["w1", "w2"]})

@@ -20,14 +20,16 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import numpy as np
 import uvicorn
 from anyio.to_thread import run_sync
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep a connection they do not use
 MAX_FLOAT16 = 65504
+ROWS = 6  # of a prompt's embeddings that are written at a time; base64 pads none, as their bytes are a multiple of 3
 SHUTDOWN_SECONDS = 5  # for the last answer's way to its client
 
 
@@ -84,6 +87,22 @@ class Chats:
 
 
 Shape = type[Completions] | type[Chats]
+
+
+def _embeddings(answer: dict[str, Any], arrays: Sequence[np.ndarray], as_text: bool) -> Iterator[bytes]:
+    """The JSON of `/v1/prompt_embeddings`, a few rows at a time: the server answers others in between."""
+    yield to_json(answer)[:-1] + b',"data":['
+    for index, array in enumerate(arrays):  # (prompt_length, slm_hidden_size)
+        item = {"object": "prompt_embedding", "index": index, "shape": array.shape}
+        yield (b"," if index else b"") + to_json(item)[:-1] + (b',"embedding":"' if as_text else b',"embedding":[')
+        for start in range(0, len(array), ROWS):
+            rows = array[start : start + ROWS]
+            if as_text:
+                yield base64.b64encode(rows.tobytes())
+            else:
+                yield (b"," if start else b"") + to_json(rows.tolist())[1:-1]
+        yield b'"}' if as_text else b"]}"
+    yield b"]}"
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -285,21 +304,20 @@ class Server:
             watch.cancel()
             job.leave()
 
-        def content() -> bytes:
-            data = []
-            for index in sorted(states):
-                array = states[index].numpy()  # (prompt_length, slm_hidden_size)
-                if asked.dtype == "float16" and abs(array).max() > MAX_FLOAT16:
-                    raise RequestError(400, "Some numbers are too large for float16: ask for float32.", "dtype")
-                array = array.astype("<f2" if asked.dtype == "float16" else "<f4")
-                is_text = asked.encoding_format == "base64"
-                values = base64.b64encode(array.tobytes()).decode() if is_text else array.tolist()
-                shape = list(array.shape)
-                data.append({"object": "prompt_embedding", "index": index, "shape": shape, "embedding": values})
-            usage = self._usage(prompts, [])
-            return json.dumps({"object": "list", "model": self.name, "data": data, "usage": usage}).encode()
+        def as_asked() -> list[np.ndarray]:
+            arrays = [states[index].numpy() for index in sorted(states)]
+            if asked.dtype == "float16" and any(abs(array).max() > MAX_FLOAT16 for array in arrays):
+                raise RequestError(400, "Some numbers are too large for float16: ask for float32.", "dtype")
+            return [array.astype("<f2" if asked.dtype == "float16" else "<f4", copy=False) for array in arrays]
 
-        return Response(await run_sync(content), media_type="application/json")
+        arrays = await run_sync(as_asked)
+
+        def content() -> Iterator[bytes]:
+            answer = {"object": "list", "model": self.name, "usage": self._usage(prompts, [])}
+            yield from _embeddings(answer, arrays, asked.encoding_format == "base64")
+            self.service.metrics.request_seconds.observe(time.monotonic() - job.waiting[0].came)
+
+        return StreamingResponse(content(), media_type="application/json")
 
     # ------------------------------------------------------------------------------------------------ about the server
     def _card(self) -> dict[str, Any]:
