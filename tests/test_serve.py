@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 import torch
 import uvicorn
@@ -400,6 +401,19 @@ def test_the_openai_client_works_unchanged(serve):
         client.completions.create(model=NAME, prompt="w1", logprobs=2)
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="guess").models.list()
+
+
+def test_hugging_faces_client_works_without_the_models_name(serve, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it would ask nobody, this machine neither
+    server = serve(build_pair())
+    client = huggingface_hub.InferenceClient(base_url=f"http://127.0.0.1:{server.port}/v1")
+    messages = [{"role": "user", "content": "w1 w2"}]
+    text = client.chat_completion(messages, max_tokens=6).choices[0].message.content
+    assert text == server.text(CHAT, messages=messages, max_tokens=6) == server.text(prompt="w1 w2", max_tokens=6)
+    parts = list(client.chat_completion(messages, max_tokens=6, stream=True))
+    assert "".join(part.choices[0].delta.content for part in parts) == text
+    assert server.text(CHAT, model="tgi", messages=messages, max_tokens=6) == text
+    assert_refused(server.ask("/v1/models/dummy"), 404, "no model")
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep a connection they do not use
 MAX_FLOAT16 = 65504
+NO_NAMES = (None, "dummy", "tgi")  # what clients send that name no model: `InferenceClient`, and its documentation
 ROWS = 6  # of a prompt's embeddings that are written at a time; base64 pads none, as their bytes are a multiple of 3
 SHUTDOWN_SECONDS = 5  # for the last answer's way to its client
 
@@ -202,11 +203,12 @@ class Server:
         except ClientDisconnect:
             raise ClientLeft from None
         asked: Any = parse(kind, bytes(body))
-        self._check_model(asked.model)
+        if asked.model not in NO_NAMES:
+            self._check_model(asked.model)
         return asked
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.name):
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
             raise RequestError(404, f"There is no model {name!r}, only {self.name!r}.", "model", "model_not_found")
 
     async def _watch(self, request: Request, job: Job) -> None:
