@@ -25,7 +25,7 @@ from llm2slm import LLM2SLMTokenizer
 from llm2slm.serving import batching
 from llm2slm.serving.batching import Batcher, Response, Sampling, Written
 from llm2slm.serving.response_text import ResponseText
-from llm2slm.serving.server import Server, listen
+from llm2slm.serving.server import Server, listen, own_names
 from llm2slm.serving.service import Limits, Service, read_sampling
 
 PAIRS = {"llama": "llama", "t5": "t5"}  # LLM to SLM
@@ -40,9 +40,10 @@ def build_tokenizer(prompt_format="w9 {prompt}") -> LLM2SLMTokenizer:
 class Client:
     """A server in a thread, and how to ask it."""
 
-    def __init__(self, server: Server):
-        self.server, self.service = server, server.service
+    def __init__(self, service: Service, api_key: str | None):
+        self.service = service
         listening = listen("127.0.0.1", 0)
+        server = Server(service, NAME, api_key, hosts=own_names(listening, "127.0.0.1"))
         self.port = listening.getsockname()[1]
         self.uvicorn = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -81,7 +82,7 @@ class Client:
         """The connection of a request whose answer is not waited for."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + content)
         return connection
 
@@ -112,7 +113,7 @@ def serve():
 
     def start(model, tokenizer=None, api_key=None, **limits) -> Client:
         service = Service(model, tokenizer or build_tokenizer(), Limits(**limits))
-        clients.append(Client(Server(service, NAME, api_key)))
+        clients.append(Client(service, api_key))
         return clients[-1]
 
     yield start
@@ -190,6 +191,16 @@ def test_stop_strings_end_a_response_before_them_in_streams_too(serve):
     assert text == answer["choices"][0]["text"] and chunks[-1]["usage"] == answer["usage"]
     assert [choice["finish_reason"] for choice in chunks[-2]["choices"]] == ["stop"] and not chunks[-1]["choices"]
     assert len(chunks) > 5
+
+
+def test_a_stream_is_read_line_by_line_and_passed_on_at_once(serve, monkeypatch):
+    tokenizer, text = build_tokenizer(), "\u2028é\u0085"  # at which Python and httpx end a line
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, skip_special_tokens: text * len(ids))
+    client = serve(build_pair(), tokenizer)
+    _, headers, answer = client.ask(COMPLETIONS, {"prompt": "w1", "max_tokens": 3, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines() if line[6:] not in ("", "[DONE]")]
+    assert "".join(event["choices"][0]["text"] for event in events) == 3 * text
+    assert headers["Cache-Control"] == "no-cache" and headers["X-Accel-Buffering"] == "no"
 
 
 def test_text_is_shown_when_its_characters_and_stop_strings_are_complete():
@@ -481,6 +492,15 @@ def test_the_key_is_asked_for(serve):
     assert client.ask("/v1/models", Authorization="Bearer secret")[0] == client.ask("/health")[0] == 200
 
 
+def test_pages_whose_name_leads_here_are_refused(serve):
+    client = serve(build_pair())
+    assert client.ask("/v1/models", Host="page.example:8000")[0] == 400
+    for name in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+        assert client.ask("/v1/models", Host=name)[0] == 200
+    with listen("0.0.0.0", 0) as open_to_all:  # which has names that are not known here
+        assert own_names(open_to_all, "0.0.0.0") == []
+
+
 def test_limits_of_one_request(serve):
     client = serve(build_pair(), prompt_tokens=10, tokens=POSITIONS, body_bytes=2000)
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1 " * 9}), 400, "11 tokens, and may have 10")
@@ -495,7 +515,7 @@ def test_limits_of_one_request(serve):
     connection = client.send({"prompt": "w1"})
     connection.close()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:  # of a size that is not said before
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\nbb8\r\n{'x' * 3000}\r\n".encode())
         assert b" 413 " in connection.recv(1000)
 

@@ -13,6 +13,7 @@ Choices made here:
 import asyncio
 import base64
 import hmac
+import ipaddress
 import json
 import logging
 import signal
@@ -34,6 +35,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -49,6 +51,7 @@ KEEP_ALIVE_SECONDS = 65  # longer than clients keep a connection they do not use
 MAX_FLOAT16 = 65504
 NO_NAMES = (None, "dummy", "tgi")  # what clients send that name no model: `InferenceClient`, and its documentation
 ROWS = 6  # of a prompt's embeddings that are written at a time; base64 pads none, as their bytes are a multiple of 3
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each part of a stream at once
 SHUTDOWN_SECONDS = 5  # for the last answer's way to its client
 
 
@@ -107,7 +110,7 @@ def _embeddings(answer: dict[str, Any], arrays: Sequence[np.ndarray], as_text: b
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"  # in ASCII: clients end lines at U+2028 and the like too
 
 
 # ---------------------------------------------------------------------------------------------------------- the server
@@ -120,9 +123,17 @@ class Server:
         name (`str`): What clients call the model.
         api_key (`str`, *optional*): What clients must send to use `/v1/...`.
         origins (`Sequence[str]`, *optional*): The sites whose pages may use it, such as `https://example.org`.
+        hosts (`Sequence[str]`, *optional*): The names by which it may be asked, from [`own_names`]; any if none.
     """
 
-    def __init__(self, service: Service, name: str, api_key: str | None = None, origins: Sequence[str] = ()):
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        api_key: str | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+    ):
         self.service, self.name, self.api_key = service, name, api_key
         self.created = int(time.time())
         routes = [
@@ -134,10 +145,11 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
         cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=routes,
-            middleware=[cors] if origins else [],
+            middleware=[*([trusted] if hosts else []), *([cors] if origins else [])],
             exception_handlers={HTTPException: self._unknown_path},
             lifespan=self._lifespan,
         )
@@ -243,7 +255,7 @@ class Server:
             if asked.stream:
                 streams = True
                 events = self._events(asked, prompts, job, watch, first, news, head, shape)
-                return StreamingResponse(events, media_type="text/event-stream")
+                return StreamingResponse(events, headers=UNBUFFERED, media_type="text/event-stream")
             written = dict([first, *[one async for one in news]])
         finally:
             if not streams:
@@ -357,6 +369,16 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         raise OSError(f"Cannot listen at {host}, port {port}: {error}.") from error
+
+
+def own_names(listening: socket.socket, host: str) -> list[str]:
+    """
+    The names of this machine by which it can be asked at a socket that only this machine reaches: a page whose site
+    gives its own name the address 127.0.0.1 (DNS rebinding) asks by that name. None if others reach the socket.
+    """
+    if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        return []
+    return ["localhost", "127.0.0.1", "[::1]", "[", host]  # "[" is what Starlette before 1 sees of "[::1]:8000"
 
 
 def run(server: Server, listening: socket.socket) -> None:
