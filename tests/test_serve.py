@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 import torch
 import uvicorn
@@ -24,7 +25,7 @@ from llm2slm import LLM2SLMTokenizer
 from llm2slm.serving import batching
 from llm2slm.serving.batching import Batcher, Response, Sampling, Written
 from llm2slm.serving.response_text import ResponseText
-from llm2slm.serving.server import Server, listen
+from llm2slm.serving.server import Server, listen, own_names
 from llm2slm.serving.service import Limits, Service, read_sampling
 
 PAIRS = {"llama": "llama", "t5": "t5"}  # LLM to SLM
@@ -39,9 +40,10 @@ def build_tokenizer(prompt_format="w9 {prompt}") -> LLM2SLMTokenizer:
 class Client:
     """A server in a thread, and how to ask it."""
 
-    def __init__(self, server: Server):
-        self.server, self.service = server, server.service
+    def __init__(self, service: Service, api_key: str | None):
+        self.service = service
         listening = listen("127.0.0.1", 0)
+        server = Server(service, NAME, api_key, hosts=own_names(listening, "127.0.0.1"))
         self.port = listening.getsockname()[1]
         self.uvicorn = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -80,7 +82,7 @@ class Client:
         """The connection of a request whose answer is not waited for."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         connection.sendall(f"{head}\r\n\r\n".encode() + content)
         return connection
 
@@ -111,7 +113,7 @@ def serve():
 
     def start(model, tokenizer=None, api_key=None, **limits) -> Client:
         service = Service(model, tokenizer or build_tokenizer(), Limits(**limits))
-        clients.append(Client(Server(service, NAME, api_key)))
+        clients.append(Client(service, api_key))
         return clients[-1]
 
     yield start
@@ -189,6 +191,16 @@ def test_stop_strings_end_a_response_before_them_in_streams_too(serve):
     assert text == answer["choices"][0]["text"] and chunks[-1]["usage"] == answer["usage"]
     assert [choice["finish_reason"] for choice in chunks[-2]["choices"]] == ["stop"] and not chunks[-1]["choices"]
     assert len(chunks) > 5
+
+
+def test_a_stream_is_read_line_by_line_and_passed_on_at_once(serve, monkeypatch):
+    tokenizer, text = build_tokenizer(), "\u2028é\u0085"  # at which Python and httpx end a line
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, skip_special_tokens: text * len(ids))
+    client = serve(build_pair(), tokenizer)
+    _, headers, answer = client.ask(COMPLETIONS, {"prompt": "w1", "max_tokens": 3, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines() if line[6:] not in ("", "[DONE]")]
+    assert "".join(event["choices"][0]["text"] for event in events) == 3 * text
+    assert headers["Cache-Control"] == "no-cache" and headers["X-Accel-Buffering"] == "no"
 
 
 def test_text_is_shown_when_its_characters_and_stop_strings_are_complete():
@@ -303,9 +315,9 @@ def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
     model, tokenizer = build_pair(slm), build_tokenizer()
     client = serve(model, tokenizer)
     for kind, dtype in (("float", None), ("base64", None), ("float", "float16"), ("base64", "float16")):
-        body = {"prompt": ["w1 w2 w3", "w4"], "encoding_format": kind} | ({} if dtype is None else {"dtype": dtype})
-        status, _, answer = client.ask(EMBEDDINGS, body)
-        assert status == 200 and answer["usage"]["prompt_tokens"] == 8
+        body = {"prompt": ["w1 w2 w3 w4 w5 w6 w7", "w4"], "encoding_format": kind}
+        status, _, answer = client.ask(EMBEDDINGS, body | ({} if dtype is None else {"dtype": dtype}))
+        assert status == 200 and answer["usage"]["prompt_tokens"] == 12
         for item, prompt in zip(answer["data"], body["prompt"], strict=True):
             states = model.encode_prompt(**tokenizer(prompt, return_tensors="pt")).prompt_embeds[0]
             given = item["embedding"]
@@ -314,6 +326,19 @@ def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
             given = torch.as_tensor(given).float().view(item["shape"])
             close = 1e-5 if dtype is None else 1e-3
             torch.testing.assert_close(given, states.detach(), atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("kind", ["float", "base64"])
+def test_prompt_embeddings_are_written_in_small_pieces(kind, serve):
+    client = serve(build_pair())
+    body = {"prompt": ["w1 " * 50, "w2 " * 50], "encoding_format": kind}
+    with client.send(body, EMBEDDINGS) as connection, connection.makefile("rb") as answer:
+        connection.settimeout(20)
+        while answer.readline() != b"\r\n":  # its headers
+            pass
+        pieces = [answer.read(int(size, 16) + 2)[:-2] for size in iter(answer.readline, b"0\r\n")]
+    assert json.loads(b"".join(pieces)) == client.ask(EMBEDDINGS, body)[2]
+    assert max(map(len, pieces)) < sum(map(len, pieces)) / 10
 
 
 def test_prompt_embeddings_that_16_bits_do_not_hold_are_refused(serve):
@@ -389,6 +414,19 @@ def test_the_openai_client_works_unchanged(serve):
         client.with_options(api_key="guess").models.list()
 
 
+def test_hugging_faces_client_works_without_the_models_name(serve, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it would ask nobody, this machine neither
+    server = serve(build_pair())
+    client = huggingface_hub.InferenceClient(base_url=f"http://127.0.0.1:{server.port}/v1")
+    messages = [{"role": "user", "content": "w1 w2"}]
+    text = client.chat_completion(messages, max_tokens=6).choices[0].message.content
+    assert text == server.text(CHAT, messages=messages, max_tokens=6) == server.text(prompt="w1 w2", max_tokens=6)
+    parts = list(client.chat_completion(messages, max_tokens=6, stream=True))
+    assert "".join(part.choices[0].delta.content for part in parts) == text
+    assert server.text(CHAT, model="tgi", messages=messages, max_tokens=6) == text
+    assert_refused(server.ask("/v1/models/dummy"), 404, "no model")
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 MALFORMED = [
     (b"{nope", 400, "JSON"),
@@ -454,6 +492,15 @@ def test_the_key_is_asked_for(serve):
     assert client.ask("/v1/models", Authorization="Bearer secret")[0] == client.ask("/health")[0] == 200
 
 
+def test_pages_whose_name_leads_here_are_refused(serve):
+    client = serve(build_pair())
+    assert client.ask("/v1/models", Host="page.example:8000")[0] == 400
+    for name in ("localhost", "127.0.0.1:8000", "[::1]:8000"):
+        assert client.ask("/v1/models", Host=name)[0] == 200
+    with listen("0.0.0.0", 0) as open_to_all:  # which has names that are not known here
+        assert own_names(open_to_all, "0.0.0.0") == []
+
+
 def test_limits_of_one_request(serve):
     client = serve(build_pair(), prompt_tokens=10, tokens=POSITIONS, body_bytes=2000)
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1 " * 9}), 400, "11 tokens, and may have 10")
@@ -461,10 +508,14 @@ def test_limits_of_one_request(serve):
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1", "max_tokens": 62}), 400, "need 65 positions")
     assert client.ask(COMPLETIONS, {"prompt": "w1"})[2]["usage"]["completion_tokens"] == 61  # what there is room for
     assert_refused(client.ask(COMPLETIONS, {"prompt": "w1 " * 900}), 413, "2000 bytes")
+    ids = [[5] * 10] * 2
+    few = serve(build_pair(), prompt_tokens=10, batch_size=2)
+    assert few.ask(EMBEDDINGS, {"prompt": ids})[0] == 200
+    assert_refused(few.ask(EMBEDDINGS, {"prompt": [*ids, [5]]}), 400, "21 tokens together, and may have 20")
     connection = client.send({"prompt": "w1"})
     connection.close()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:  # of a size that is not said before
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\nbb8\r\n{'x' * 3000}\r\n".encode())
         assert b" 413 " in connection.recv(1000)
 
@@ -486,7 +537,8 @@ def test_prompts_that_only_fit_alone_are_not_put_together(serve, held):
 def test_a_full_queue_says_when_to_come_again(serve, held):
     model = build_pair()
     client, gate = serve(model, queue=2), held(model)
-    assert_refused(client.ask(COMPLETIONS, {"prompt": ["w1", "w2", "w3"]}), 400, "2 answers at most")
+    for path in (COMPLETIONS, EMBEDDINGS):  # before they are tokenized, which would find the last one empty
+        assert_refused(client.ask(path, {"prompt": ["w1", "w2", ""]}), 400, "2 answers at most")
     begun = client.send({"prompt": "w1"})
     client.wait_for_a_batch()
     waiting = client.send({"prompt": ["w1", "w2"]})

@@ -64,7 +64,7 @@ def run(options: Options, checkpoint: str) -> None:
     needed = ("prometheus_client", "pydantic", "starlette", "uvicorn")
     check_installed("`llm2slm serve`", *needed, install="pip install 'llm-to-slm[serve]'")
     from ..language_models import load_checkpoint
-    from ..serving.server import Server, listen, run
+    from ..serving.server import Server, listen, own_names, run
     from ..serving.service import Limits, Service
 
     listening = listen(options.host, options.port)  # before the model is loaded, which takes longer
@@ -81,9 +81,10 @@ def run(options: Options, checkpoint: str) -> None:
     )
     name = options.name or (Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint)
     api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    hosts = [] if api_key else own_names(listening, options.host)  # pages of other sites do not know the key
     service, code = Service(model, tokenizer, limits, options.fast), 0
     try:
-        run(Server(service, name, api_key, options.origins), listening)
+        run(Server(service, name, api_key, options.origins, hosts), listening)
     except KeyboardInterrupt:
         if not service.batcher.compiling:
             raise

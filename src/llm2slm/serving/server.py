@@ -13,6 +13,7 @@ Choices made here:
 import asyncio
 import base64
 import hmac
+import ipaddress
 import json
 import logging
 import signal
@@ -20,18 +21,21 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import numpy as np
 import uvicorn
 from anyio.to_thread import run_sync
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -45,6 +49,9 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 KEEP_ALIVE_SECONDS = 65  # longer than clients keep a connection they do not use
 MAX_FLOAT16 = 65504
+NO_NAMES = (None, "dummy", "tgi")  # what clients send that name no model: `InferenceClient`, and its documentation
+ROWS = 6  # of a prompt's embeddings that are written at a time; base64 pads none, as their bytes are a multiple of 3
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each part of a stream at once
 SHUTDOWN_SECONDS = 5  # for the last answer's way to its client
 
 
@@ -86,8 +93,24 @@ class Chats:
 Shape = type[Completions] | type[Chats]
 
 
+def _embeddings(answer: dict[str, Any], arrays: Sequence[np.ndarray], as_text: bool) -> Iterator[bytes]:
+    """The JSON of `/v1/prompt_embeddings`, a few rows at a time: the server answers others in between."""
+    yield to_json(answer)[:-1] + b',"data":['
+    for index, array in enumerate(arrays):  # (prompt_length, slm_hidden_size)
+        item = {"object": "prompt_embedding", "index": index, "shape": array.shape}
+        yield (b"," if index else b"") + to_json(item)[:-1] + (b',"embedding":"' if as_text else b',"embedding":[')
+        for start in range(0, len(array), ROWS):
+            rows = array[start : start + ROWS]
+            if as_text:
+                yield base64.b64encode(rows.tobytes())
+            else:
+                yield (b"," if start else b"") + to_json(rows.tolist())[1:-1]
+        yield b'"}' if as_text else b"]}"
+    yield b"]}"
+
+
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"  # in ASCII: clients end lines at U+2028 and the like too
 
 
 # ---------------------------------------------------------------------------------------------------------- the server
@@ -100,9 +123,17 @@ class Server:
         name (`str`): What clients call the model.
         api_key (`str`, *optional*): What clients must send to use `/v1/...`.
         origins (`Sequence[str]`, *optional*): The sites whose pages may use it, such as `https://example.org`.
+        hosts (`Sequence[str]`, *optional*): The names by which it may be asked, from [`own_names`]; any if none.
     """
 
-    def __init__(self, service: Service, name: str, api_key: str | None = None, origins: Sequence[str] = ()):
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        api_key: str | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+    ):
         self.service, self.name, self.api_key = service, name, api_key
         self.created = int(time.time())
         routes = [
@@ -114,10 +145,11 @@ class Server:
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
         cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=routes,
-            middleware=[cors] if origins else [],
+            middleware=[*([trusted] if hosts else []), *([cors] if origins else [])],
             exception_handlers={HTTPException: self._unknown_path},
             lifespan=self._lifespan,
         )
@@ -183,11 +215,12 @@ class Server:
         except ClientDisconnect:
             raise ClientLeft from None
         asked: Any = parse(kind, bytes(body))
-        self._check_model(asked.model)
+        if asked.model not in NO_NAMES:
+            self._check_model(asked.model)
         return asked
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.name):
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
             raise RequestError(404, f"There is no model {name!r}, only {self.name!r}.", "model", "model_not_found")
 
     async def _watch(self, request: Request, job: Job) -> None:
@@ -222,7 +255,7 @@ class Server:
             if asked.stream:
                 streams = True
                 events = self._events(asked, prompts, job, watch, first, news, head, shape)
-                return StreamingResponse(events, media_type="text/event-stream")
+                return StreamingResponse(events, headers=UNBUFFERED, media_type="text/event-stream")
             written = dict([first, *[one async for one in news]])
         finally:
             if not streams:
@@ -285,21 +318,20 @@ class Server:
             watch.cancel()
             job.leave()
 
-        def content() -> bytes:
-            data = []
-            for index in sorted(states):
-                array = states[index].numpy()  # (prompt_length, slm_hidden_size)
-                if asked.dtype == "float16" and abs(array).max() > MAX_FLOAT16:
-                    raise RequestError(400, "Some numbers are too large for float16: ask for float32.", "dtype")
-                array = array.astype("<f2" if asked.dtype == "float16" else "<f4")
-                is_text = asked.encoding_format == "base64"
-                values = base64.b64encode(array.tobytes()).decode() if is_text else array.tolist()
-                shape = list(array.shape)
-                data.append({"object": "prompt_embedding", "index": index, "shape": shape, "embedding": values})
-            usage = self._usage(prompts, [])
-            return json.dumps({"object": "list", "model": self.name, "data": data, "usage": usage}).encode()
+        def as_asked() -> list[np.ndarray]:
+            arrays = [states[index].numpy() for index in sorted(states)]
+            if asked.dtype == "float16" and any(abs(array).max() > MAX_FLOAT16 for array in arrays):
+                raise RequestError(400, "Some numbers are too large for float16: ask for float32.", "dtype")
+            return [array.astype("<f2" if asked.dtype == "float16" else "<f4", copy=False) for array in arrays]
 
-        return Response(await run_sync(content), media_type="application/json")
+        arrays = await run_sync(as_asked)
+
+        def content() -> Iterator[bytes]:
+            answer = {"object": "list", "model": self.name, "usage": self._usage(prompts, [])}
+            yield from _embeddings(answer, arrays, asked.encoding_format == "base64")
+            self.service.metrics.request_seconds.observe(time.monotonic() - job.waiting[0].came)
+
+        return StreamingResponse(content(), media_type="application/json")
 
     # ------------------------------------------------------------------------------------------------ about the server
     def _card(self) -> dict[str, Any]:
@@ -337,6 +369,16 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         raise OSError(f"Cannot listen at {host}, port {port}: {error}.") from error
+
+
+def own_names(listening: socket.socket, host: str) -> list[str]:
+    """
+    The names of this machine by which it can be asked at a socket that only this machine reaches: a page whose site
+    gives its own name the address 127.0.0.1 (DNS rebinding) asks by that name. None if others reach the socket.
+    """
+    if not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        return []
+    return ["localhost", "127.0.0.1", "[::1]", "[", host]  # "[" is what Starlette before 1 sees of "[::1]:8000"
 
 
 def run(server: Server, listening: socket.socket) -> None:

@@ -221,8 +221,9 @@ class Service:
         The ids of prompts: texts are put into the checkpoint's prompt format, ids are taken as they are.
 
         Raises:
-            RequestError: if a prompt is empty, too long, or has ids that the LLM does not have.
+            RequestError: if there are too many, or one is empty, too long, or has ids that the LLM does not have.
         """
+        self._check_number(len(prompts))
         return [
             self._checked(self._encode(prompt, "prompt") if isinstance(prompt, str) else prompt, "prompt")
             for prompt in prompts
@@ -297,9 +298,12 @@ class Service:
         Begins to encode prompts.
 
         Raises:
-            RequestError: if there are too many, or too many others wait.
+            RequestError: if they are too long together, or too many others wait.
         """
-        self._check_number(len(prompts))
+        tokens, most = sum(map(len, prompts)), self.limits.batch_size * self.prompt_tokens
+        if tokens > most:
+            message = f"The prompts of one request have {tokens} tokens together, and may have {most} at most."
+            raise RequestError(400, message, "prompt")
         job = Job(self.batcher, self.limits.seconds)
         job.submit([Encoding(prompt, job.teller(index)) for index, prompt in enumerate(prompts)])
         return job
