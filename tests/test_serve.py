@@ -82,8 +82,8 @@ class Client:
         """The connection of a request whose answer is not waited for."""
         content = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return connection
 
     def metric(self, name: str) -> float:
@@ -198,7 +198,8 @@ def test_a_stream_is_read_line_by_line_and_passed_on_at_once(serve, monkeypatch)
     monkeypatch.setattr(tokenizer, "decode", lambda ids, skip_special_tokens: text * len(ids))
     client = serve(build_pair(), tokenizer)
     _, headers, answer = client.ask(COMPLETIONS, {"prompt": "w1", "max_tokens": 3, "stream": True})
-    events = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines() if line[6:] not in ("", "[DONE]")]
+    lines = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    events = [json.loads(line) for line in lines if line != "[DONE]"]
     assert "".join(event["choices"][0]["text"] for event in events) == 3 * text
     assert headers["Cache-Control"] == "no-cache" and headers["X-Accel-Buffering"] == "no"
 
@@ -236,6 +237,10 @@ def test_a_chat_reads_the_last_message_in_the_prompt_format_or_the_template(serv
     assert client.text(CHAT, messages=chat, max_tokens=8) == text
     streamed, chunks = client.stream(CHAT, messages=chat, max_completion_tokens=8)
     assert streamed == text and chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    for name in ("annotations", "audio", "function_call", "refusal", "tool_calls"):  # which clients send back as None
+        chat.insert(1, {"role": "assistant", "content": "w3", name: None})
+    assert client.text(CHAT, messages=chat, max_tokens=8) == text
+    del chat[1:-1]
     of_template = template("system w5 user w1 w2 assistant", add_special_tokens=False, return_tensors="pt")
     ids = model.generate(**of_template, max_new_tokens=8)
     expected = template.decode(ids[0], skip_special_tokens=True)
@@ -251,7 +256,8 @@ def test_a_seed_gives_the_same_in_any_company(serve, held):
     assert len({client.text(**{**sampled, "seed": seed}) for seed in range(4)}) == 4
     assert len({client.text(**{**sampled, "seed": None}) for _ in range(4)}) == 4
     greedy = client.text(prompt="w1 w2", max_tokens=12, temperature=0)
-    assert client.text(**{**sampled, "top_p": 1e-6}) == greedy
+    for least in ({"top_p": 1e-6}, {"top_p": 1e-46}, {"temperature": 1e-38}, {"temperature": 1e-5}):
+        assert client.text(**{**sampled, **least}) == greedy
     gate = held(model)
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(client.text, prompt=f"w{i} w3 w4", max_tokens=9, temperature=2) for i in range(6)]
@@ -394,7 +400,7 @@ def test_the_openai_client_works_unchanged(serve):
     server = serve(build_pair(), api_key="secret")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="secret", max_retries=0)
     assert [model.id for model in client.models.list()] == [NAME] == [client.models.retrieve(NAME).id]
-    whole = client.completions.create(model=NAME, prompt="w1 w2", max_tokens=6)
+    whole = client.completions.create(model=NAME, prompt="w1 w2", max_tokens=6, extra_body={"logprobs": False})
     parts = list(client.completions.create(model=NAME, prompt="w1 w2", max_tokens=6, stream=True))
     assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
     messages = [{"role": "user", "content": "w1 w2"}]
@@ -405,6 +411,8 @@ def test_the_openai_client_works_unchanged(serve):
         )
     )
     assert "".join(part.choices[0].delta.content for part in parts) == chat.choices[0].message.content
+    messages += [chat.choices[0].message.model_dump(), {"role": "user", "content": "w3"}]
+    assert client.chat.completions.create(model=NAME, messages=messages, max_tokens=6).choices[0].message.content
     assert (chat.usage.completion_tokens, chat.choices[0].finish_reason) == (6, "length")
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         client.completions.create(model="gpt", prompt="w1")
@@ -452,6 +460,7 @@ MALFORMED = [
     ({"prompt": "w1", "n": 17}, 400, "`n`"),
     ({"prompt": "w1", "presence_penalty": 0.5}, 400, "`presence_penalty`"),
     ({"prompt": "w1", "best": 1}, 400, "`best`"),
+    ({"prompt": "w1", "logprobs": 0}, 400, "`logprobs`"),
 ]
 
 

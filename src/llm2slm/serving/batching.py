@@ -29,6 +29,7 @@ from .response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 
+MIN_TEMPERATURE = 1e-5  # below it the likeliest is taken: scores divided by less may be infinite
 GATHER_SECONDS = 0.02  # for one more prompt, until as many wait as the last batch had
 # Responses at a time that have a compiled step: where it pays on every kind of CPU (results/fast_decode.json). Each
 # takes some 20 seconds to compile, so 3 responses are decoded as 4.
@@ -41,13 +42,18 @@ class QueueFull(Exception):
 
 @dataclass
 class Sampling:
-    """How tokens are chosen: the likeliest at temperature 0."""
+    """How tokens are chosen: the likeliest at temperatures below `MIN_TEMPERATURE`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
     warpers: list[LogitsProcessor] = field(default_factory=list)  # further ones, which keep a row's tokens from a draw
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature >= MIN_TEMPERATURE
 
 
 @dataclass(eq=False)
@@ -140,7 +146,7 @@ class _Sampler(LogitsProcessor):
     """Makes the greatest score of each response that samples a draw of its own; leaves the others as they are."""
 
     def __init__(self, responses: list[Response]):
-        self.rows = [i for i, response in enumerate(responses) if response.sampling.temperature > 0]
+        self.rows = [i for i, response in enumerate(responses) if response.sampling.draws]
         self.sampled = [responses[i] for i in self.rows]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
@@ -154,10 +160,9 @@ class _Sampler(LogitsProcessor):
         if any(one.top_p < 1 for one in settings):
             ordered, order = chosen.sort(dim=-1, descending=True)
             probabilities = ordered.softmax(dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities  # the first token always stays
-            chosen = torch.full_like(chosen, -torch.inf).scatter(
-                1, order, ordered.masked_fill(before >= of_rows[:, 1:], -torch.inf)
-            )
+            left_out = probabilities.cumsum(dim=-1) - probabilities >= of_rows[:, 1:]
+            left_out[:, 0] = False  # also where 32 bits make 0 of `top_p`
+            chosen = torch.full_like(chosen, -torch.inf).scatter(1, order, ordered.masked_fill(left_out, -torch.inf))
         for i, one in enumerate(settings):
             for warper in one.warpers:
                 chosen[i : i + 1] = warper(input_ids, chosen[i : i + 1])
@@ -337,7 +342,7 @@ class Batcher:
             own = [min(i, len(responses) - 1) for i in range(rows)]
             embeds, mask = embeds[own], mask[own]
         options: dict[str, Any] = {}
-        if any(response.sampling.temperature > 0 for response in responses):
+        if any(response.sampling.draws for response in responses):
             options["logits_processor"] = LogitsProcessorList([_Sampler(responses)])
         self.model.generate(
             prompt_embeds=embeds,

@@ -1,6 +1,6 @@
 """What clients may ask for, in OpenAI's words, and how a request is refused.
 
-What cannot be had is refused with a sentence, as `generate` refuses it: none of a request is dropped silently but what
+What cannot be had is refused with a sentence, as `generate` refuses it: no argument is dropped silently but what
 changes no response (`user`, `metadata` and the like).
 """
 
@@ -80,6 +80,12 @@ def _is_off(value: Any) -> Any:
     return value
 
 
+def _is_false(value: Any) -> Any:
+    if value is not None and value is not False:  # 0 asks for the chosen tokens' own
+        raise ValueError("is not served: leave it out")
+    return value
+
+
 Off = Annotated[Any, AfterValidator(_is_off)]
 Prompts = Annotated[list[Any], BeforeValidator(_as_prompts)]
 
@@ -124,7 +130,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     best_of: Literal[1] | None = None
     echo: Off = None
-    logprobs: None = None
+    logprobs: Annotated[Any, AfterValidator(_is_false)] = None
     suffix: Off = None
 
 
@@ -135,6 +141,10 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
     name: str | None = None
+    # What a client's own message has when it was an answer.
+    annotations: Off = None
+    audio: Off = None
+    function_call: Off = None
     refusal: Off = None
     tool_calls: Off = None
 
