@@ -21,8 +21,8 @@ import uvicorn
 from conftest import POSITIONS, build_llm_tokenizer, build_model, build_slm_tokenizer
 from transformers import GenerationConfig
 
-from llm2slm import LLM2SLMTokenizer
-from llm2slm.serving import batching
+from llm2slm import LLM2SLMTokenizer, decoding_llm2slm
+from llm2slm.serving import batching, offline
 from llm2slm.serving.batching import Batcher, Response, Sampling, Written
 from llm2slm.serving.response_text import ResponseText
 from llm2slm.serving.server import Server, listen, own_names
@@ -307,6 +307,23 @@ def test_stop_strings_of_the_checkpoint_end_a_response(serve):
     assert serve(model).text(prompt="w1 w2", max_tokens=8).split() == words[: words.index(words[3])]
 
 
+@pytest.mark.parametrize("slm", PAIRS)
+def test_a_file_of_prompts_is_answered_as_the_server_answers(slm, serve):
+    model, tokenizer, prompts = build_pair(slm), build_tokenizer(), ["w1 w2", "w3 w4 w5"]
+    client = serve(model, tokenizer)
+    whole = client.text(prompt="w1 w2", max_tokens=12)
+    ids = model.generate(**tokenizer("w3 w4 w5", return_tensors="pt"), max_new_tokens=12)[0].tolist()
+    model.generation_config.stop_strings = whole[len(whole) // 2 :][:2]
+    model.generation_config.num_return_sequences = 2
+    model.slm.generation_config.eos_token_id = ids[-3]  # the pair's own config has none
+    client = serve(model, tokenizer)
+    answers = offline.generate_batch(model, tokenizer, prompts, max_new_tokens=12)
+    served = client.ask(COMPLETIONS, {"prompt": prompts, "max_tokens": 12})[2]
+    assert [answer[:2] for answer in answers] == [(one["text"], one["finish_reason"]) for one in served["choices"]]
+    assert [answer.finish_reason for answer in answers] == ["stop", "stop"]
+    assert sum(answer.num_tokens for answer in answers) == served["usage"]["completion_tokens"] < 24
+
+
 @pytest.mark.parametrize("setting", [{"guidance_scale": 2.0}, {"penalty_alpha": 0.6}, {"top_h": 0.4}])
 def test_what_a_generation_config_asks_for_and_is_not_served_is_refused_at_start(setting):
     model = build_pair()
@@ -359,8 +376,6 @@ def test_prompt_embeddings_that_16_bits_do_not_hold_are_refused(serve):
 
 
 def test_few_responses_are_written_by_the_compiled_step(monkeypatch):
-    from llm2slm import decoding_llm2slm
-
     monkeypatch.setattr(decoding_llm2slm, "BACKEND", "eager")
     model, tokenizer = build_pair(), build_tokenizer()
     expected = [alone(model, tokenizer, prompt) for prompt in ("w1", "w2 w3", "w4")]
@@ -393,6 +408,24 @@ def test_few_responses_are_written_by_the_compiled_step(monkeypatch):
     batcher.close()
     assert [(call["fast"], len(call["prompt_embeds"])) for call in calls] == [(True, 4)]
     assert [told[prompt] for prompt in prompts] == [Written(text, "length", 8) for text in expected]
+
+
+@pytest.mark.parametrize("fails", ["compiling", "encoding"])
+def test_what_cannot_be_compiled_is_not_said_to_be(fails, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    decoding_llm2slm.logger.warning_once.__func__.cache_clear()
+    caplog.set_level("WARNING", logger=decoding_llm2slm.logger.name)
+    model = build_pair()
+    if fails == "compiling":
+        monkeypatch.setattr(decoding_llm2slm, "BACKEND", fail)
+    else:
+        monkeypatch.setattr(model, "encode_prompt", fail)
+    batcher = Batcher(model, 8, 8, fast=True)
+    batcher._compiling.join(60)
+    batcher.close()
+    assert batcher.fast_rows == [] and "no compiler here" in caplog.text
 
 
 def test_the_openai_client_works_unchanged(serve):

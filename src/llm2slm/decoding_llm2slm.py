@@ -132,6 +132,11 @@ def why_not_compiled(slm: PreTrainedModel) -> str | None:
     return None
 
 
+def is_compiled(slm: PreTrainedModel, rows: int) -> bool:
+    """Whether a step for this many responses at a time has been compiled, and none has failed."""
+    return why_not_compiled(slm) is None and not _compiled.get(slm, {}).keys().isdisjoint({rows, None})
+
+
 def _why_plain(slm, generation_config, kwargs) -> str | None:
     """What keeps a call from fast decode."""
     if (reason := why_not_compiled(slm)) is not None:

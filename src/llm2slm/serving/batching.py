@@ -11,7 +11,6 @@ Choices made here:
   until they are as many as before.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..decoding_llm2slm import is_compiled
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .response_text import ResponseText
+from .response_text import ResponseText, end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +200,7 @@ class Batcher:
         slm = model.config.slm_config
         # What a decoder-only SLM's prompt and response share.
         self.positions = None if slm.is_encoder_decoder else max_positions(slm.get_text_config())
-        # What the model's generation config leaves open, `generate` takes from the SLM's.
-        ends = model.generation_config.eos_token_id
-        ends = model.slm.generation_config.eos_token_id if ends is None else ends
-        self.end_tokens: list[int] = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        self.end_tokens = end_tokens(model)
         self.fast_rows: list[int] = []  # that are compiled
         self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
@@ -362,27 +359,35 @@ class Batcher:
                 response.end("length")
 
     def _compile(self) -> None:
+        try:
+            self._compile_steps()
+        except Exception:
+            logger.warning("Compiling failed: responses are written in the plain way.", exc_info=True)
+
+    @torch.no_grad()
+    def _compile_steps(self) -> None:
         """Makes the compiled steps. The first length is compiled for itself, the second for all longer ones."""
         longest = self.positions or 1024
         lengths = [length for length in (2, 300) if length + 2 <= longest]
-        with contextlib.suppress(Exception), torch.no_grad():  # without it responses are written in the plain way
-            for rows in FAST_ROWS:
-                for length in lengths:
-                    if self._closing:
-                        return
-                    embeds, mask = self._encode([[i % 2 for i in range(length)]] * rows)
-                    self.model.generate(
-                        prompt_embeds=embeds,
-                        attention_mask=mask,
-                        do_sample=False,
-                        num_beams=1,
-                        num_return_sequences=1,
-                        stop_strings=None,
-                        max_new_tokens=2,
-                        min_new_tokens=2,
-                        fast=True,
-                    )
-                self.fast_rows = [*self.fast_rows, rows]
+        for rows in FAST_ROWS:
+            for length in lengths:
+                if self._closing:
+                    return
+                embeds, mask = self._encode([[i % 2 for i in range(length)]] * rows)
+                self.model.generate(
+                    prompt_embeds=embeds,
+                    attention_mask=mask,
+                    do_sample=False,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    stop_strings=None,
+                    max_new_tokens=2,
+                    min_new_tokens=2,
+                    fast=True,
+                )
+            if not is_compiled(self.model.slm, rows):
+                return  # `generate` has said why, and wrote in the plain way
+            self.fast_rows = [*self.fast_rows, rows]
 
 
 __all__ = ["Batcher", "Encoding", "QueueFull", "Response", "Sampling", "Waiting", "Written"]

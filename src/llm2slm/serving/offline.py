@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -21,6 +20,7 @@ from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import check_new_file, write_json
 from .prompt_files import Prompts, Row, parquet_schema, write_parquet
+from .response_text import ResponseText, end_tokens, own_stop_strings
 
 
 class Answer(NamedTuple):
@@ -212,15 +212,19 @@ def generate_batch(
     """
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
-    ids = model.generate(**inputs, **generate_kwargs)  # (batch_size, response_length)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    # As the server does: one response to each prompt, in whose text the stop strings are looked for.
+    ids = model.generate(**inputs, stop_strings=None, num_return_sequences=1, **generate_kwargs)
     if model.config.slm_config.is_encoder_decoder:
         ids = ids[:, 1:]  # the start token, which may be the end token too
-    ends = model.generation_config.eos_token_id
-    is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device))
-    ended = is_end.any(dim=1)
-    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, ids.shape[1])
-    return [
-        Answer(text, "stop" if end else "length", length)
-        for text, end, length in zip(texts, ended.tolist(), lengths.tolist(), strict=True)
-    ]
+    return [_answer(row, tokenizer, end_tokens(model), own_stop_strings(model)) for row in ids.tolist()]
+
+
+def _answer(ids: list[int], tokenizer: LLM2SLMTokenizer, ends: list[int], stop: list[str]) -> Answer:
+    """What a row of `generate`'s says until its end token or a stop string, of which nothing is shown."""
+    text = ResponseText(tokenizer, stop, streamed=False)
+    for token in ids:
+        text.add(token)
+        if token in ends or text.stopped:
+            break
+    text.end()
+    return Answer(text.take(), "stop" if text.stopped or token in ends else "length", len(text.ids))

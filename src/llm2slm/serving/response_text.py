@@ -1,6 +1,20 @@
 """The text of a response while its tokens come in: as much of it as can be shown, and where it stops."""
 
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
+
+
+def end_tokens(model: LLM2SLMForConditionalGeneration) -> list[int]:
+    """The tokens that end a response. What the config of the pair leaves open, `generate` takes from the SLM's."""
+    ends = model.generation_config.eos_token_id
+    ends = model.slm.generation_config.eos_token_id if ends is None else ends
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def own_stop_strings(model: LLM2SLMForConditionalGeneration) -> list[str]:
+    """The strings at which the model's generation config ends a response."""
+    strings = model.generation_config.stop_strings
+    return [strings] if isinstance(strings, str) else strings or []
 
 
 class ResponseText:

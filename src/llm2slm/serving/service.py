@@ -20,7 +20,7 @@ from ..utils import MAX_NEW_TOKENS
 from .batching import Batcher, Encoding, QueueFull, Response, Sampling, Waiting
 from .metrics import Metrics
 from .requests import ChatRequest, GenerationRequest, Message, RequestError
-from .response_text import ResponseText
+from .response_text import ResponseText, own_stop_strings
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Service:
         self.default_tokens = MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length
         check_served(own)
         self.default_sampling = read_sampling(own, model.device)
-        self.own_stop = [own.stop_strings] if isinstance(own.stop_strings, str) else own.stop_strings or []
+        self.own_stop = own_stop_strings(model)
         self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: max(self.batcher.fast_rows, default=0))
         self.batcher = Batcher(model, self.limits.batch_size, self.limits.queue, fast, self.metrics.note_batch)
 
