@@ -28,7 +28,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from llm2slm.language_models import load_checkpoint
-from llm2slm.utils import cpu_model, versions, write_json
+from llm2slm.utils import check_new_file, cpu_model, versions, write_json
 
 SERVER_PORT, SECONDS = 8765, 300
 SHOWN = ("response", "tokens", "speed", "first", "received", "status")
@@ -127,6 +127,7 @@ def main():
     parser.add_argument("--screenshots", type=Path)
     parser.add_argument("--output", required=True)
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
     prompts = list(load_from_disk(arguments.data)["test"].select(range(arguments.prompts))["prompt"])
     model, tokenizer = load_checkpoint(arguments.checkpoint, dtype="float32", device="cpu")
     expected = []

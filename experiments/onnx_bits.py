@@ -21,7 +21,7 @@ import sacrebleu
 from datasets import load_from_disk
 
 from llm2slm.language_models import load_checkpoint
-from llm2slm.utils import cpu_model, versions, write_json
+from llm2slm.utils import check_new_file, cpu_model, versions, write_json
 
 FILES = ("model.onnx", "embed_tokens.onnx")
 
@@ -62,6 +62,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--output", required=True)
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
     model, tokenizer = load_checkpoint(arguments.checkpoint, dtype="float32", device="cpu")
     pairs = load_from_disk(arguments.data)["test"].select(range(arguments.prompts))
     writers = {folder.name: load_writer(folder) for folder in arguments.folders}

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 import llm2slm  # noqa: F401  (registers the configuration)
 from llm2slm.serving.vllm_encoder import PromptEncoder
-from llm2slm.utils import machine, versions, write_json
+from llm2slm.utils import check_new_file, machine, versions, write_json
 
 LENGTHS = {"one of 32 tokens": [32], "eight of 32": [32] * 8, "20, 30, 40 and 58": [20, 30, 40, 58]}
 
@@ -44,6 +44,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config, rows = AutoConfig.from_pretrained(arguments.checkpoint), []

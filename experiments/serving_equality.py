@@ -27,7 +27,7 @@ from serving_load import start, wait
 
 from llm2slm import LLM2SLMTokenizer
 from llm2slm.language_models import load_checkpoint
-from llm2slm.utils import machine, read_json_lines, versions, write_json
+from llm2slm.utils import check_new_file, machine, read_json_lines, versions, write_json
 
 
 def write_with_generate(checkpoint: str, prompts: list[str]) -> list[list[int]]:
@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
     found = []
     for checkpoint, source in arguments.pair:
         found.append(compare(checkpoint, source, arguments))

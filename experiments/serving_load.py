@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 import llm2slm  # noqa: F401  (registers the configuration)
 from llm2slm.loading_llm2slm import load_slm, load_tokenizer
-from llm2slm.utils import cpu_model, versions, write_json
+from llm2slm.utils import check_new_file, cpu_model, versions, write_json
 
 
 def start(folder: Path | str, log: Path, arguments: list[str]) -> tuple[subprocess.Popen, str]:
@@ -125,6 +125,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=Path, required=True, help="the report, JSON")
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
     prompts = [line for line in arguments.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     options = ["--dtype", arguments.dtype, "--max-model-len", "1024", "--max-num-seqs", "64", "--seed", "0"]
     options += ["--no-enable-prefix-caching", "--generation-config", "vllm"]
