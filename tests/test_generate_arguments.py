@@ -467,7 +467,7 @@ def test_an_empty_cache_is_filled_and_a_full_one_refused(model, name):
     output = write(model, **{name: cache}, return_dict_in_generate=True)
     assert torch.equal(output.sequences, write(model)) and output[CACHE] is cache
     for full in (cache, ((EMBEDS, EMBEDS),)):
-        with pytest.raises(ValueError, match="must be an empty `Cache`"):
+        with pytest.raises(ValueError, match=f"`{CACHE}` must be an empty `Cache`"):
             write(model, **{name: full})
 
 

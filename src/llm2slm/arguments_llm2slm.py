@@ -235,12 +235,10 @@ def refuse_what_cannot_be_had(
             )
     if config.cache_implementation == "paged":
         raise ValueError(f"`cache_implementation='paged'` is for continuous batching, but {_NO_PROMPT_IDS}.")
-    for name in CACHE_NAMES:
-        if name in kwargs and kwargs[name] is None:
-            del kwargs[name]
-        elif name in kwargs:
-            kwargs[CACHE] = kwargs.pop(name)
-    cache = kwargs.get(CACHE)
+    given = [kwargs.pop(name, None) for name in CACHE_NAMES]
+    cache = next((cache for cache in given if cache is not None), None)
+    if cache is not None:
+        kwargs[CACHE] = cache
     if cache is not None and (not isinstance(cache, Cache) or cache.get_seq_length() > 0):
         raise ValueError(
             f"`{CACHE}` must be an empty `Cache`: one that is filled belongs to a prompt read before. To go on "

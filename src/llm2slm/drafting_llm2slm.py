@@ -442,38 +442,38 @@ def _draft_and_verify(
         drafter.end()
     if streamer is not None:
         streamer.end()
-    return LosslessOutput(
-        sequences=input_ids if is_encoder_decoder else input_ids[:, response_start:],
+    return _output(
+        input_ids if is_encoder_decoder else input_ids[:, response_start:],
         llm_calls=llm_calls,
         draft_tokens=draft_tokens,
         accepted_tokens=accepted_tokens,
-        acceptance_rate=accepted_tokens / max(draft_tokens, 1),
         unasked_tokens=unasked_tokens,
     )
 
 
+def _output(sequences, **counts: int) -> LosslessOutput:
+    rate = counts["accepted_tokens"] / max(counts["draft_tokens"], 1)
+    return LosslessOutput(sequences=sequences, acceptance_rate=rate, **counts)
+
+
 def _pad_token_id(llm, arguments) -> int:
     """What `llm.generate` pads with."""
-    for settings in (arguments, llm.generation_config.to_dict()):
-        if settings.get("pad_token_id") is not None:
-            return settings["pad_token_id"]
-    for settings in (arguments, llm.generation_config.to_dict()):
-        if (ends := settings.get("eos_token_id")) is not None:
-            return ends[0] if isinstance(ends, (list, tuple)) else ends
-    return 0
+    padding, ends = (
+        getattr(llm.generation_config, name) if arguments.get(name) is None else arguments[name]
+        for name in ("pad_token_id", "eos_token_id")
+    )
+    if padding is None:
+        padding = ends[0] if isinstance(ends, (list, tuple)) else ends
+    return 0 if padding is None else padding
 
 
 def _together(outputs: list[LosslessOutput], pad_token_id: int) -> LosslessOutput:
     """The outputs of several prompts as one."""
     counts = ("llm_calls", "draft_tokens", "accepted_tokens", "unasked_tokens")
-    total: dict[str, Any] = {name: sum(output[name] for output in outputs) for name in counts}
-    return LosslessOutput(
-        sequences=torch.nn.utils.rnn.pad_sequence(
-            [output.sequences[0] for output in outputs], batch_first=True, padding_value=pad_token_id
-        ),
-        acceptance_rate=total["accepted_tokens"] / max(total["draft_tokens"], 1),
-        **total,
+    sequences = torch.nn.utils.rnn.pad_sequence(
+        [output.sequences[0] for output in outputs], batch_first=True, padding_value=pad_token_id
     )
+    return _output(sequences, **{name: sum(output[name] for output in outputs) for name in counts})
 
 
 def _best(scores: torch.Tensor, drafted: int | None, tolerance: float) -> torch.Tensor:

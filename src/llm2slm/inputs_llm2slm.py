@@ -4,7 +4,6 @@ One of the files copied into every checkpoint: it imports nothing but torch, tra
 on Transformers 4.x and 5.x.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from .loading_llm2slm import max_positions
 PROMPT_AND_RESPONSE = "prompt and the response have"
 # What models call the cache that they are given and return; its old name goes with Transformers 6.
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE = CACHE_NAMES[CACHE_NAMES[0] not in {field.name for field in dataclasses.fields(Seq2SeqLMOutput)}]
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 
 def check_tensor(name: str, value) -> None:

@@ -341,13 +341,9 @@ class Batcher:
         options: dict[str, Any] = {}
         if any(response.sampling.draws for response in responses):
             options["logits_processor"] = LogitsProcessorList([_Sampler(responses)])
-        self.model.generate(
-            prompt_embeds=embeds,
-            attention_mask=mask,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            stop_strings=None,  # each response looks for its own
+        self._generate(
+            embeds,
+            mask,
             max_new_tokens=max(response.max_tokens for response in responses),
             stopping_criteria=StoppingCriteriaList([_Listener(responses, self.end_tokens)]),
             eos_token_id=self.end_tokens or None,
@@ -357,6 +353,18 @@ class Batcher:
         for response in responses:  # whatever else the checkpoint's generation config stops at
             if not response.ended:
                 response.end("length")
+
+    def _generate(self, embeds: torch.Tensor, mask: torch.Tensor, **options: Any) -> None:
+        """One response to each prompt, the likeliest; whatever the checkpoint's generation config says of that."""
+        self.model.generate(
+            prompt_embeds=embeds,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            stop_strings=None,  # each response looks for its own
+            **options,
+        )
 
     def _compile(self) -> None:
         try:
@@ -374,17 +382,7 @@ class Batcher:
                 if self._closing:
                     return
                 embeds, mask = self._encode([[i % 2 for i in range(length)]] * rows)
-                self.model.generate(
-                    prompt_embeds=embeds,
-                    attention_mask=mask,
-                    do_sample=False,
-                    num_beams=1,
-                    num_return_sequences=1,
-                    stop_strings=None,
-                    max_new_tokens=2,
-                    min_new_tokens=2,
-                    fast=True,
-                )
+                self._generate(embeds, mask, max_new_tokens=2, min_new_tokens=2, fast=True)
             if not is_compiled(self.model.slm, rows):
                 return  # `generate` has said why, and wrote in the plain way
             self.fast_rows = [*self.fast_rows, rows]

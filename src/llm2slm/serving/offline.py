@@ -216,7 +216,8 @@ def generate_batch(
     ids = model.generate(**inputs, stop_strings=None, num_return_sequences=1, **generate_kwargs)
     if model.config.slm_config.is_encoder_decoder:
         ids = ids[:, 1:]  # the start token, which may be the end token too
-    return [_answer(row, tokenizer, end_tokens(model), own_stop_strings(model)) for row in ids.tolist()]
+    ends, stop = end_tokens(model), own_stop_strings(model)
+    return [_answer(row, tokenizer, ends, stop) for row in ids.tolist()]
 
 
 def _answer(ids: list[int], tokenizer: LLM2SLMTokenizer, ends: list[int], stop: list[str]) -> Answer:

@@ -76,7 +76,7 @@ class PromptEncoder(nn.Module):
         self.pair.projector.to(dtype)
         self.pair.slm = SLMEmbeddings(embeddings, dtype)
         self.pair.requires_grad_(False).eval()
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
 
     def place_of(self, name: str) -> str | None:
         """Where a tensor of the checkpoint goes; `None` for one of the rest of the SLM's."""

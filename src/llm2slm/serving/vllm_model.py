@@ -20,6 +20,7 @@ from vllm.multimodal.inputs import (
 )
 from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.platforms import current_platform
 
 from .vllm_config import PROMPT, max_prompt_length, placeholder_id, writes_only
 from .vllm_encoder import PromptEncoder
@@ -165,7 +166,7 @@ class LLM2SLMForVLLM(nn.Module, SupportsMultiModal, SupportsLoRA):
         if self.encoder is None:
             return loaded
         self.encoder.load(of_encoder)
-        if self.encoder.device.type == "cpu":
+        if current_platform.is_cpu():
             self.encoder.pack()
         return loaded | {f"encoder.{name}" for name, _ in self.encoder.named_parameters()}
 
