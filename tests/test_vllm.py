@@ -38,11 +38,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 vllm = pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole  # noqa: E402
+from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
 from llm2slm.cli import main as cli  # noqa: E402
+from llm2slm.serving.vllm_config import PROMPT_FOLDER  # noqa: E402
 
 ON_CPU = current_platform.is_cpu()
 WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12
@@ -417,13 +420,30 @@ def test_a_server_answers_as_generate_and_refuses_bad_requests_beside_good_ones(
         assert list(threads.map(server.complete, TEXTS)) == expected
 
 
+def test_a_pair_trained_anew_in_its_folder_does_not_read_what_the_old_one_encoded(tmp_path):
+    folder = {"shared_storage_path": str(tmp_path / "prompts")}
+    transfer = {"ec_connector": PROMPT_FOLDER, "ec_role": "ec_both", "ec_connector_extra_config": folder}
+    model, _ = save_pair(tmp_path / "pair")
+
+    def connector():
+        engine = EngineArgs(model=str(tmp_path / "pair"), ec_transfer_config=transfer)
+        return ECConnectorFactory.create_connector(engine.create_engine_config(), ECConnectorRole.SCHEDULER)
+
+    connector().save_caches({"hash": torch.ones(3, 8)}, "hash")
+    assert connector().has_cache_item("hash")
+    with torch.no_grad():
+        model.projector.out.weight += 1
+    model.save_pretrained(tmp_path / "pair")
+    assert not connector().has_cache_item("hash")
+
+
 def test_two_servers_encode_and_two_write_and_of_each_one_may_be_killed(tmp_path):
     model, tokenizer = save_pair(tmp_path / "pair", fusion="add_shared")
     (tmp_path / "prompts").mkdir()
 
     def server(name, role):
         folder = {"shared_storage_path": str(tmp_path / "prompts")}
-        transfer = {"ec_connector": "LLM2SLMPromptFolder", "ec_role": role, "ec_connector_extra_config": folder}
+        transfer = {"ec_connector": PROMPT_FOLDER, "ec_role": role, "ec_connector_extra_config": folder}
         return Server(tmp_path / "pair", tmp_path / name, "--ec-transfer-config", json.dumps(transfer))
 
     texts = [f"w{i} w{i + 9} w{7 * i % 50}" for i in range(32)]

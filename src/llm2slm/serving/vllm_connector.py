@@ -7,18 +7,38 @@ and the same with `"ec_role": "ec_consumer"` for a server that writes, without t
 kind is for debugging: it may read a file that is not yet whole, and a prompt that was never encoded ends its server.
 """
 
+import hashlib
 import os
 import tempfile
+from pathlib import Path
 
 from safetensors.torch import save_file
 from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
 
 
+def weights_id(checkpoint: str, commit: str | None) -> str:
+    """What tells a checkpoint's weights from those of another: the commit on the Hub or, of a folder, their hash."""
+    if commit is not None:
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
 class PromptFolder(ECExampleConnector):
-    """Encoded prompts as files, `(length, slm_hidden_size)` each, by the hash of checkpoint and ids."""
+    """
+    Encoded prompts as files, `(length, slm_hidden_size)` each, by the hash of the checkpoint's name and the ids. A pair
+    that is trained anew in its old folder has a folder of its own here: its SLM would misread what the old one read.
+    """
 
     def __init__(self, vllm_config, role):
         super().__init__(vllm_config, role)
+        model = vllm_config.model_config
+        weights = weights_id(model.model, getattr(model.hf_config, "_commit_hash", None))
+        self._storage_path = os.path.join(self._storage_path, weights)
         self._never_encoded: set[str] = set()
 
     def save_caches(self, encoder_cache, mm_hash, **kwargs):
