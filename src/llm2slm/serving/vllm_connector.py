@@ -30,8 +30,8 @@ def weights_id(checkpoint: str, commit: str | None) -> str:
 
 class PromptFolder(ECExampleConnector):
     """
-    Encoded prompts as files, `(length, slm_hidden_size)` each, by the hash of the checkpoint's name and the ids. A pair
-    that is trained anew in its old folder has a folder of its own here: its SLM would misread what the old one read.
+    Encoded prompts as files, `(length, slm_hidden_size)` each, by the hash of the checkpoint's name and the ids. Each
+    checkpoint's weights have a folder of their own: a pair that is trained anew would misread what the old one read.
     """
 
     def __init__(self, vllm_config, role):
