@@ -67,7 +67,7 @@ def test_options_are_spelled_with_dashes(page):
     assert not re.findall(r"--[a-z]+_[a-z_]+", page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("folder", ["outside", "simplify", "summarize", "translate"])
+@pytest.mark.parametrize("folder", ["instruct", "outside", "simplify", "summarize", "translate"])
 def test_each_report_of_a_task_has_its_texts(folder):
     pytest.importorskip("pyarrow", reason="in the extra `train`")
     import pyarrow.parquet
