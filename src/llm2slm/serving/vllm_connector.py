@@ -38,7 +38,8 @@ class PromptFolder(ECExampleConnector):
         super().__init__(vllm_config, role)
         model = vllm_config.model_config
         weights = weights_id(model.model, getattr(model.hf_config, "_commit_hash", None))
-        self._storage_path = os.path.join(self._storage_path, weights)
+        shared = vllm_config.ec_transfer_config.get_from_extra_config("shared_storage_path", tempfile.gettempdir())
+        self._storage_path = os.path.join(shared, weights)
         self._never_encoded: set[str] = set()
 
     def save_caches(self, encoder_cache, mm_hash, **kwargs):
