@@ -7,12 +7,12 @@ Words of a reference that stand in its prompt too, and are rare or frequent in t
 and words that do not stand in the prompt. Each cell is the share of them that the response has.
 """
 
-import re
 import sys
 from collections import Counter
 
 from datasets import load_from_disk
 
+from llm2slm.evaluation.metrics import words
 from llm2slm.evaluation.reports import read_reports
 
 RARE, FREQUENT = 5, 50  # responses of the training split
@@ -31,10 +31,6 @@ def main(paths: list[str]):
     print("|---|" + "---:|" * len(kinds))
     for report, rows in zip(*read_reports(paths[1:]), strict=True):
         print(f"| {report['system']} | " + " | ".join(written(rows, kind) for kind in kinds.values()) + " |")
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
 
 
 def written(rows: list[dict[str, str]], kind) -> str:

@@ -2,7 +2,7 @@
 Words that must be copied: does it help to favour the rest of a prompt's word once a response has begun it?
 
     python experiments/copy_bias.py --model model_cards/translate-en-it-gemma3-270m --data data/translate-en-it \
-        --biases 0 1 2 4 8 --output results/translate/copy_bias.json
+        --examples 400 --biases 0 2 4 --output results/translate/copy_bias.json
 
 A rare word takes several tokens, and a small model that has begun it may go on with a commoner one: "Helo". Where the
 tokens written so far are the beginning of a word of the prompt, the bias is added to the score of that word's next
@@ -15,12 +15,12 @@ import re
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.pairs import load_pairs
 from llm2slm.evaluation.metrics import compare, compute_statistics, interval
+from llm2slm.evaluation.run import batches
 from llm2slm.utils import machine, versions
 
 METRICS = ("bleu", "chrf", "copied_words")
@@ -109,8 +109,7 @@ def write(model, tokenizer, prompts: list[str], arguments: argparse.Namespace) -
     """The responses to all prompts with each bias. A prompt is encoded once."""
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     responses = [[""] * len(prompts) for _ in arguments.biases]
-    for start in tqdm(range(0, len(order), arguments.batch_size)):
-        numbers = order[start : start + arguments.batch_size]
+    for numbers in batches(order, arguments.batch_size, "Writing responses"):
         inputs = tokenizer([prompts[n] for n in numbers], padding=True, return_tensors="pt")
         encoding = model.encode_prompt(**inputs)
         words = [prompt_words(tokenizer.slm_tokenizer, prompts[n]) for n in numbers]

@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import torch
+from lossless import load_llm_with_head
 from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer, load_pairs
 from llm2slm.evaluation.metrics import compute_statistics, interval
-from llm2slm.loading_llm2slm import load_slm, load_tokenizer
+from llm2slm.loading_llm2slm import load_tokenizer
 from llm2slm.utils import machine, versions
 
 COUNTS = ("llm_calls", "draft_tokens", "accepted_tokens", "unasked_tokens")
@@ -105,14 +106,7 @@ def load_ways(arguments: argparse.Namespace):
     tuned = arguments.llm is not None or arguments.adapter is not None
     # A pair reads the states of its own LLM; that it has two need not be paid for where they are one.
     model = LLM2SLMForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype, load_llm=tuned)
-    source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    if arguments.llm is not None:
-        source = {"revision": None, "gguf_file": None}
-    llm = load_slm(arguments.llm or model.config.llm_name_or_path, dtype=arguments.dtype, **source).eval()
-    if arguments.adapter is not None:
-        from peft import PeftModel
-
-        llm = PeftModel.from_pretrained(llm, arguments.adapter).merge_and_unload().eval()
+    llm = load_llm_with_head(model.config, arguments.llm, arguments.adapter, arguments.dtype)
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     options = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
 
@@ -131,7 +125,8 @@ def load_ways(arguments: argparse.Namespace):
         return write
 
     ways = {"llm": alone, **{f"{tolerance:g}": together(tolerance) for tolerance in arguments.tolerances}}
-    llm_tokenizer = load_tokenizer(arguments.llm or model.config.llm_name_or_path, gguf_file=source["gguf_file"])
+    gguf_file = model.config.llm_gguf_file if arguments.llm is None else None
+    llm_tokenizer = load_tokenizer(arguments.llm or model.config.llm_name_or_path, gguf_file=gguf_file)
     return ways, tokenizer, llm_tokenizer
 
 

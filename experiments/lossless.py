@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
@@ -62,13 +61,7 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
     model = LLM2SLMForConditionalGeneration.from_pretrained(
         arguments.model, dtype=arguments.draft_dtype or dtype, load_llm=False
     )
-    name, source = arguments.llm, {}
-    if name is None:
-        name = model.config.llm_name_or_path
-        source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    llm = load_slm(name, dtype=dtype, **source).eval()
-    if arguments.adapter is not None:
-        llm = PeftModel.from_pretrained(llm, arguments.adapter).merge_and_unload().eval()
+    llm = load_llm_with_head(model.config, arguments.llm, arguments.adapter, dtype)
     ends = {"eos_token_id": tokenizer.llm_tokenizer.eos_token_id, "pad_token_id": tokenizer.llm_tokenizer.pad_token_id}
     settings = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens, **ends}
     names = ["llm", *arguments.ways]
@@ -101,6 +94,17 @@ def compare(arguments: argparse.Namespace, dtype: str, tokenizer, prompts: list[
     summary = {name: summarize(rows, name) for name in arguments.ways}
     print(dtype, json.dumps(summary))
     return {**summary, "prompts": rows}
+
+
+def load_llm_with_head(config, folder: str | None, adapter: str | None, dtype: str):
+    """The LLM: the one in `folder`, or else that of the checkpoint; an adapter is merged into it."""
+    source = {"revision": config.llm_revision, "gguf_file": config.llm_gguf_file} if folder is None else {}
+    llm = load_slm(folder or config.llm_name_or_path, dtype=dtype, **source).eval()
+    if adapter is None:
+        return llm
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(llm, adapter).merge_and_unload().eval()
 
 
 def summarize(rows: list[dict], name: str) -> dict:

@@ -8,11 +8,11 @@ does not stand in the prompt; else it is translated, or left out.
 """
 
 import difflib
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 
+from llm2slm.evaluation.metrics import words, words_to_copy
 from llm2slm.evaluation.reports import read_report, read_texts
 
 ALIKE = 0.6  # of `difflib.SequenceMatcher`, from 0 to 1: "nobody" and "nbody" are, "alphabet" and "alfabeto" too
@@ -32,24 +32,18 @@ def main(paths: list[str]):
 
 def count(rows: list[dict[str, str]]) -> Counter:
     """What became of each word to copy."""
-    references = [words(row["completion"]) for row in rows]
-    references_with = Counter(word for reference in references for word in reference)
+    wanted = words_to_copy([row["completion"] for row in rows], [row["prompt"] for row in rows])
     kinds: Counter = Counter()
-    for row, reference in zip(rows, references, strict=True):
-        prompt, response = words(row["prompt"]), words(row["response"])
-        for word in reference & prompt:
-            if references_with[word] == 1:
-                kinds["copied" if word in response else kind_of_miss(word, response - prompt)] += 1
+    for row, to_copy in zip(rows, wanted, strict=True):
+        response = words(row["response"])
+        new_words = response - words(row["prompt"])
+        kinds.update("copied" if word in response else kind_of_miss(word, new_words) for word in to_copy)
     return kinds
 
 
 def kind_of_miss(word: str, new_words: set[str]) -> str:
     alike = any(difflib.SequenceMatcher(None, new, word).ratio() >= ALIKE for new in new_words)
     return "misspelt" if alike else "not there"
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from unittest import mock
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import PeftModel
+from lossless import load_llm_with_head
 from tqdm.auto import tqdm
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
 from llm2slm.data.pairs import load_pairs
 from llm2slm.drafter_llm2slm import Draft, Drafter
 from llm2slm.layers_llm2slm import LayerStates, truncate
-from llm2slm.loading_llm2slm import load_slm
 from llm2slm.utils import machine, versions
 
 
@@ -106,9 +105,7 @@ def measure_model(arguments: argparse.Namespace, name: str) -> dict:
     """The counts of one checkpoint."""
     model = LLM2SLMForConditionalGeneration.from_pretrained(name, dtype="float32", load_llm=False)
     tokenizer = LLM2SLMTokenizer.from_pretrained(name)
-    source = {"revision": model.config.llm_revision, "gguf_file": model.config.llm_gguf_file}
-    llm = load_slm(model.config.llm_name_or_path, dtype="float32", **source)
-    llm = PeftModel.from_pretrained(llm, arguments.adapter).merge_and_unload().eval()
+    llm = load_llm_with_head(model.config, None, arguments.adapter, "float32")
     prompts = load_pairs(arguments.data, "test", arguments.prompt_format, None, arguments.examples)["prompt"]
     settings = {
         "max_new_tokens": arguments.max_new_tokens,

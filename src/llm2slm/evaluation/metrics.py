@@ -165,6 +165,22 @@ def score_texts(
     return {"score": statistics.score, "low": low, "high": high, "signature": statistics.signature}
 
 
+def words(text: str) -> set[str]:
+    """The words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def words_to_copy(references: Sequence[str], prompts: Sequence[str | list[dict]]) -> list[set[str]]:
+    """Each reference's words that stand in its prompt, a text or a chat, and in no other reference."""
+    wanted = [words(text) for text in references]
+    references_with = Counter(word for reference in wanted for word in reference)
+    texts = (prompt if isinstance(prompt, str) else " ".join(turn["content"] for turn in prompt) for prompt in prompts)
+    return [
+        {word for word in reference & words(text) if references_with[word] == 1}
+        for reference, text in zip(wanted, texts, strict=True)
+    ]
+
+
 def _sacrebleu_statistics(metric, predictions, references) -> Statistics:
     # The two methods that sacrebleu's own bootstrap is made of; it has no public way to the difference of two systems.
     rows = metric._extract_corpus_statistics(list(predictions), [list(references)])
@@ -181,22 +197,16 @@ def _copied_words_statistics(predictions, references, prompts) -> Statistics:
             f"Copied words need as many prompts as predictions; got {len(prompts)} prompts and {len(predictions)} "
             "predictions."
         )
-    wanted = [_words(text) for text in references]
-    references_with = Counter(word for words in wanted for word in words)
-    rows = []
-    for words, prompt, prediction in zip(wanted, prompts, predictions, strict=True):
-        given = _words(prompt if isinstance(prompt, str) else " ".join(turn["content"] for turn in prompt))
-        copied = {word for word in words & given if references_with[word] == 1}
-        rows.append([100 * len(copied & _words(prediction)), len(copied)])
+    wanted = words_to_copy(references, prompts)
+    rows = [
+        [100 * len(copied & words(prediction)), len(copied)]
+        for copied, prediction in zip(wanted, predictions, strict=True)
+    ]
     return Statistics(
         np.array(rows, dtype=float),
         lambda total: float(total[0] / total[1]) if total[1] else 100.0,  # no word to copy, none lost
         "case:lower|in_references:1",
     )
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
 
 
 def _mean_statistics(scores, signature) -> Statistics:

@@ -34,12 +34,13 @@ class PromptFolder(ECExampleConnector):
     checkpoint's weights have a folder of their own: a pair that is trained anew would misread what the old one read.
     """
 
+    _storage_path: str
+
     def __init__(self, vllm_config, role):
         super().__init__(vllm_config, role)
         model = vllm_config.model_config
         weights = weights_id(model.model, getattr(model.hf_config, "_commit_hash", None))
-        shared = vllm_config.ec_transfer_config.get_from_extra_config("shared_storage_path", tempfile.gettempdir())
-        self._storage_path = os.path.join(shared, weights)
+        self._storage_path = os.path.join(self._storage_path, weights)
         self._never_encoded: set[str] = set()
 
     def save_caches(self, encoder_cache, mm_hash, **kwargs):
