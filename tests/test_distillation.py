@@ -20,6 +20,7 @@ from conftest import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Seq2SeqTrainer
 
+from llm2slm import LLM2SLMTokenizer
 from llm2slm.building import trim_tokenizer
 from llm2slm.building.tokenizers import find_token_ids, first_pieces
 from llm2slm.cli import main as cli
@@ -27,7 +28,7 @@ from llm2slm.data.teacher_distributions import cache_distributions, in_students_
 from llm2slm.training import teacher as teachers
 from llm2slm.training.distillation import divergence
 from llm2slm.training.options import TrainOptions
-from llm2slm.training.teacher import line_up, token_starts
+from llm2slm.training.teacher import find_teacher, line_up, load_taught_pairs, token_starts
 
 VOCAB = 11
 
@@ -240,6 +241,22 @@ def test_every_arm_learns_from_a_teacher_and_the_folder_says_so(recipe, files, t
     assert not same(weights(tmp_path / "run"), weights(tmp_path / "alone"))
 
 
+@pytest.mark.parametrize("own_form", [False, True])
+def test_a_teacher_reads_prompts_cut_as_the_student_does_but_for_a_form_of_its_own(recipe, files, own_form):
+    form = "{prompt} {extra}" if own_form else None
+    options = TrainOptions(
+        data=recipe["data"], llm=recipe["llm"], slm="fresh", slm_tokenizer="llm", truncate=True, prompt_max_length=2,
+        teacher=recipe["teacher"], teacher_prompt_format=form,
+    )  # fmt: skip
+    who = find_teacher(options)
+    rows = load_taught_pairs(options, who, recipe["data"], "all")
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_llm_tokenizer())
+    prompts = [prompt for prompt, _ in teachers._encode(options, who, rows, tokenizer)]
+    cut = {} if own_form else {"truncation": True, "max_length": 2}
+    assert prompts == tokenizer(rows["teacher_prompt"][:], apply_prompt_format=False, **cut)["input_ids"]
+    assert (max(map(len, prompts)) > 2) == own_form
+
+
 def test_with_a_weight_of_zero_it_is_the_training_without_a_teacher(recipe, tmp_path):
     changes = {"gradient_accumulation_steps": 2, "max_steps": 3, "eval_steps": 3}
     assert train(recipe, teacher_weight=0.0, **changes) is None
@@ -373,4 +390,6 @@ def test_what_is_wrong_with_a_teacher_is_said_before_anything_is_loaded(recipe, 
     assert train(recipe, label_smoothing_factor=0.1)
     assert "leave out `label_smoothing_factor`" in capsys.readouterr().err
     assert train(recipe, teacher_prompt_format="{nothing}")
-    assert "for the teacher has no column 'nothing' for the prompt" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "For the teacher: " in error and "has no column 'nothing' for the prompt" in error
+    assert "--teacher-prompt-format '{" in error and "`teacher_prompt_format` in Python" in error

@@ -369,6 +369,10 @@ def test_a_part_of_a_file_is_refused_to_a_model_that_learned_from_other_rows_of_
     (tmp_path / "slm" / "run.json").write_text(json.dumps(trained))
     test = [*options, "--output", tmp_path / "test.json"]
     assert_one_line_error(capsys, test, "are not its part 'train'", "Name the rows with --split")
+    trained["data"]["more"] = {str(path): 40}  # `--more-data` takes all rows of a file
+    (tmp_path / "slm" / "run.json").write_text(json.dumps({**trained, "data": {"source": "x", **trained["data"]}}))
+    assert_one_line_error(capsys, test, f"learned from all of {path}", "'test' is not held out")
+    del trained["data"]["more"]
     evaluate(*options, "--split", "train[:4]", "--output", tmp_path / "named.json")
     assert read(tmp_path / "named.json")[0]["data"]["parts"] is None
     trained["data"]["parts"] = sizes = part_sizes(path)

@@ -1,6 +1,7 @@
 """`llm2slm label`: what the LLM writes becomes the completions, once, whatever interrupts it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import EOS, PAD, build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer
 from datasets import Dataset, DatasetDict, load_from_disk
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TopKLogitsWarper
 
 from llm2slm import LLM2SLMTokenizer, language_models
 from llm2slm.cli import main as cli
@@ -143,7 +144,36 @@ def test_a_file_is_labelled_by_its_parts_or_whole(folders, tmp_path, capsys):
     assert "is one file: a hash of each prompt chooses" in capsys.readouterr().out
     for part in labelled:
         assert set(labelled[part]["question"]) <= set(load_rows(path, part, prompt_format="{question}")["question"])
-    assert len(labels(*options, "--split", "all", output=tmp_path / "whole")["all"]) > len(labelled["train"])
+    whole = labels(*options, "--split", "all", output=tmp_path / "whole")
+    assert list(whole) == ["train"] and len(whole["train"]) == 20  # as `train --more-data` takes it
+
+
+def test_slices_of_one_split_are_one_split(folders, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    slices = ["train[:3]", "train[3:]"]
+    labelled = labels("--llm", folders["plain"], "--data", path, "--split", *slices, output=tmp_path / "labelled")
+    assert list(labelled) == ["train"] and labelled["train"]["prompt"][:] == PROMPTS
+
+
+def test_an_llm_that_was_trained_on_cut_prompts_reads_cut_ones(folders, data, tmp_path):
+    llm = shutil.copytree(folders["adapter"], tmp_path / "llm")
+    run = json.loads((llm / "run.json").read_text())
+    run["recipe"] = {"truncate": True, "prompt_max_length": 3}
+    (llm / "run.json").write_text(json.dumps(run))
+    rows = labels("--llm", llm, "--data", data, output=tmp_path / "labelled")["train"]
+    model, tokenizer = language_models.load_model(str(llm), device="cpu", trained_llm=folders["chat"])
+    ids = tokenizer([f"{text} w0" for text in PROMPTS], truncation=True, max_length=3)["input_ids"]
+    assert rows["completion"][:] == [written_by(model, build_llm_tokenizer(), cut) for cut in ids]
+
+
+def test_samples_are_drawn_from_all_tokens(folders, data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(language_models, "write_responses", lambda model, *_: drawn.append(model) or (["x"], [1]))
+    options = ["--llm", folders["plain"], "--data", data, "--do-sample", "--batch-size", 1]
+    labels(*options, output=tmp_path / "labelled")
+    warpers = drawn[0]._get_logits_processor(drawn[0].generation_config, input_ids_seq_length=1)
+    assert not [warper for warper in warpers if isinstance(warper, TopKLogitsWarper)]
 
 
 def test_the_result_is_what_a_training_takes(folders, data, tmp_path):
@@ -225,6 +255,19 @@ def test_what_was_begun_with_other_settings_or_data_is_refused(folders, data, tm
     Dataset.from_dict({"prompt": PROMPTS[:-1]}).save_to_disk(tmp_path / "data" / "train")
     assert run("--llm", folders["chat"], "--data", data, *output) == 2
     assert "`fingerprint` was" in capsys.readouterr().err
+
+
+def test_what_an_llm_began_its_retrained_self_does_not_end(folders, data, tmp_path, monkeypatch, capsys):
+    llm = shutil.copytree(folders["plain"], tmp_path / "llm")
+    options = ["--llm", llm, "--data", data, "--output", tmp_path / "labelled"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, batches=1)
+        assert run(*options) == 130
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    model.lm_head.weight.data[0, 0] += 1
+    model.save_pretrained(llm)
+    assert run(*options) == 2
+    assert "`weights` was" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -154,6 +154,33 @@ def test_killed_while_the_start_is_made_it_is_made_again(recipe, tmp_path, monke
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_a_training_goes_on_with_the_pairs_that_it_began_with(recipe, tmp_path, monkeypatch, capsys):
+    def killed(*args, **kwargs):
+        raise Killed
+
+    recipe, path = {**recipe, "max_steps": 10}, tmp_path / "pairs.jsonl"
+    pairs = path.read_text()
+    monkeypatch.setattr("llm2slm.training.setup.load_start", killed)  # before the first step: all is made anew
+    with pytest.raises(Killed):
+        cli.main(command(recipe, tmp_path / "run"))
+    path.write_text(pairs.replace("ccc", "abb"))
+    monkeypatch.undo()
+    monkeypatch.setattr(Seq2SeqTrainer, "save_state", killed)
+    with pytest.raises(Killed):
+        cli.main(command(recipe, tmp_path / "run"))
+    monkeypatch.undo()
+    for changed, split in ((pairs, "train"), (path.read_text().replace("w39", "w3"), "validation")):
+        kept = path.read_text()
+        path.write_text(changed)
+        assert cli.main(command(recipe, tmp_path / "run"))
+        assert f"holds a training whose {split} pairs were others" in capsys.readouterr().err
+        path.write_text(kept)
+    assert cli.main(command(recipe, tmp_path / "run")) is None
+    assert cli.main(command(recipe, tmp_path / "whole")) is None
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert not (tmp_path / "run" / "data.json").exists()
+
+
 def test_a_folder_moved_before_its_end_still_gives_its_best_checkpoint(recipe, tmp_path, monkeypatch):
     def training_step(trainer, model, *args, **kwargs):
         if trainer.state.global_step > 6:  # from here on it gets worse

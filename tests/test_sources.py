@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
 
 from llm2slm.cli import main as cli
+from llm2slm.data.pairs import load_pairs
 from llm2slm.training.options import TrainOptions
 from llm2slm.training.sources import WeighingCollator, add_sources, scale_weights
 
@@ -93,10 +94,43 @@ def test_a_test_split_that_cannot_be_read_stops_the_training(tmp_path):
     more = write(tmp_path / "more.jsonl", LABELLED)
     options = TrainOptions(data=str(tmp_path / "data"), llm="llm", slm="slm", more_data=[more])
     with pytest.raises(ValueError, match=r"split 'test'.*prompt"):
-        add_sources(options, None, rows, None)
+        add_sources(options, None, rows)
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "without")
     options = TrainOptions(data=str(tmp_path / "without"), llm="llm", slm="slm", more_data=[more])
-    assert len(add_sources(options, None, rows, None)[0]) == len(GOLD) + len(LABELLED)
+    assert len(add_sources(options, None, rows)[0]) == len(GOLD) + len(LABELLED)
+
+
+@pytest.mark.parametrize("chosen", [{"max_validation_pairs": 1}, {"validation_split": "none", "eval_strategy": "no"}])
+def test_held_out_prompts_are_never_learned_however_few_are_evaluated_on(train, tmp_path, chosen):
+    rows = Dataset.from_list(GOLD)
+    splits = {"train": rows.select([0, 1]), "validation": rows.select([2, 3]), "test": rows.select([4])}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    more = write(tmp_path / "more.jsonl", [*LABELLED, *GOLD[2:5]])
+    changes = {"validation_split": "validation", "eval_strategy": "steps", "eval_steps": 1, **chosen}
+    report = train("run", data=str(tmp_path / "data"), train_split="train", **changes, more_data=[more])
+    assert list(report["data"]["more"].values()) == [len(LABELLED)]
+
+
+def test_labels_are_read_whatever_the_format_of_the_responses(train, files, tmp_path, capsys):
+    def labelled(name: str, pairs: list[dict]) -> str:
+        Dataset.from_list([{"answer": "zzz", **pair} for pair in pairs]).save_to_disk(tmp_path / name)
+        (tmp_path / name / "label.json").write_text('{"labelled_by_a_pair": false}')
+        return str(tmp_path / name)
+
+    first, more = labelled("first", GOLD), labelled("more", LABELLED)
+    formats = {"completion_format": "{answer}"}
+    ours = train("run", data=first, train_split="train", more_data=[more], **formats)
+    assert f"{more}: `llm2slm label` wrote its responses" in capsys.readouterr().out
+    expected = train("expected", more_data=[str(files / "labelled.jsonl")])
+    assert ours["train"]["final_loss"] == pytest.approx(expected["train"]["final_loss"], rel=1e-5)
+    assert load_pairs(first, "train", completion_format="{answer}")["completion"][:] == [p["completion"] for p in GOLD]
+
+
+def test_texts_of_another_width_are_learned_beside_each_other(train, tmp_path):
+    wide = Features(dict.fromkeys(["prompt", "completion"], Value("large_string")))
+    Dataset.from_list(LABELLED, features=wide).to_parquet(tmp_path / "more.parquet")
+    report = train("run", more_data=[str(tmp_path / "more.parquet")])
+    assert report["data"]["train_pairs"] == len(GOLD) + len(LABELLED)
 
 
 def test_a_teacher_reads_both_sources(train, files):
@@ -130,6 +164,10 @@ def test_what_does_not_go_together_is_refused(train, files, tmp_path, capsys):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
         assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")])
         assert message in capsys.readouterr().err
+    more = str(files / "labelled.jsonl")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**options, "more_data": [more]}))
+    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml"), "--label-smoothing-factor", "0.1"])
+    assert "leave out `label_smoothing_factor`" in capsys.readouterr().err
     with pytest.raises(ValueError, match="`more_data_weight` must be positive, got 0"):
         TrainOptions(**recipe, more_data=["b"], more_data_weight=0.0)
     with pytest.raises(ValueError, match="say which, `more_data`"):

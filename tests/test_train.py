@@ -22,6 +22,7 @@ from conftest import (
     read_report,
     train,
 )
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -485,6 +486,17 @@ def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, ca
     assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "second")) is None
     assert "3 of 12 pairs have an empty side" in capsys.readouterr().out
     assert report({**recipe, "output_dir": str(tmp_path / "second")})["data"]["train_pairs"] == 9
+
+
+def test_chats_with_an_empty_side_are_left_out_too():
+    def chat(role: str, text: str | None) -> list[dict]:
+        return [] if text is None else [{"role": role, "content": text}]
+
+    sides = [("a", "b"), (None, "b"), ("a", None), (" ", "b"), ("a", "")]
+    rows = Dataset.from_list([{"prompt": chat("user", p), "completion": chat("assistant", c)} for p, c in sides])
+    assert setup._without_empty(rows, "train", skip=True).to_list() == rows.select([0]).to_list()
+    with pytest.raises(ValueError, match="4 of 5 pairs have an empty side"):
+        setup._without_empty(rows, "train", skip=False)
 
 
 def test_a_tied_head_is_no_missing_key_of_the_best_checkpoint(recipe, monkeypatch):

@@ -94,9 +94,10 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
                 run for both, but a fine-tuned one's states are not those that the SLM has learned to read.
             tolerance (`float`, *optional*, defaults to 0):
                 With `llm`, how far the response may be from the LLM's own, from 0 to 1. A drafted token is kept if
-                the LLM gives it at least `1 - tolerance` of its best token's probability; in sampling, no token is
-                more than `1 / (1 - tolerance)` times as likely as the LLM has it (Leviathan et al., 2023, appendix
-                A.5). With 0 the response is the LLM's own, with 1 this model's, and the LLM reads the prompt only.
+                the LLM gives it at least `1 - tolerance` of its best token's probability; in sampling, no token that
+                the LLM is asked about is more than `1 / (1 - tolerance)` times as likely as the LLM has it (Leviathan
+                et al., 2023, appendix A.5). With 0 the response is the LLM's own, with 1 this model's, and the LLM
+                reads the prompt only.
             ask_below (`float`, *optional*, defaults to `1 - tolerance`):
                 With `llm`, when it is asked, from 0 to 1: about a draft with a token to which the SLM gave less than
                 this probability. Other drafts are kept as they are. With 1 it is asked about each draft.

@@ -5,7 +5,9 @@ All get the two-sided tokenizer, so that one collator and one way to end a respo
 """
 
 import copy
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -112,6 +114,20 @@ def load_model(
     if model.config.model_type != "llm2slm":  # which takes padding on either side
         tokenizer.llm_tokenizer.padding_side = "right" if model.config.is_encoder_decoder else "left"
     return model, tokenizer
+
+
+def identify(model) -> str:
+    """A hash of a model's architecture and of all its weights."""
+    digest = hashlib.sha256()
+    fields = model.config.to_dict()
+    for where_and_how in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        fields.pop(where_and_how, None)
+    digest.update(json.dumps([type(model).__name__, fields], sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(content.numpy())
+    return digest.hexdigest()
 
 
 def load_models_tokenizer(

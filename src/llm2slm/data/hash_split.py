@@ -3,7 +3,7 @@ Train, validation and test of rows that have no splits of their own, chosen by t
 
 No seed and no order of rows: a prompt lands where its words put it, in every process that reads the file, and all rows
 of the same words land together. When a file grows, shares only shrink: the new test part has no row of the old
-training part.
+training part, except those of a prompt that was in more rows than a part should have, and no longer is.
 """
 
 import hashlib

@@ -9,12 +9,13 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..utils import decode_text
 from .hash_split import PARTS, prompt_position, split_by_position
 
+LABEL_RECORD = "label.json"  # what `llm2slm label` leaves in its folder: how the labels came about
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # What the columns of prompts and completions are called elsewhere, the surest first.
 NAMES = {
@@ -47,7 +48,8 @@ def load_pairs(
             the Hub.
         prompt_format, completion_format (`str`, *optional*):
             The text made of a row's columns with `str.format`, such as `"{instruction}\n{input}\n"` or
-            `"{translation[de]}"`. The column `prompt` or `completion` as it is if omitted.
+            `"{translation[de]}"`. The column `prompt` or `completion` as it is if omitted. Labels that `llm2slm label`
+            wrote are in the column `completion`, and are read from there whatever the format.
         max_examples (`int`, *optional*):
             This many rows, evenly spaced over the split. All if omitted, or if there are no more.
 
@@ -58,6 +60,8 @@ def load_pairs(
         OSError: if there is no such data set.
         ValueError: if it lacks the split or a column, if one is not text, or if a file of text is not UTF-8.
     """
+    if read_label_record(source) is not None:
+        completion_format = None
     formats = {"prompt": prompt_format, "completion": completion_format}
     if not has_parts(source, split):
         rows = load_rows(source, split, max_examples)
@@ -122,6 +126,22 @@ def spaced(rows: Dataset, number: int | None) -> Dataset:
 def has_parts(source: str | os.PathLike, split: str) -> bool:
     """Whether `split` is a part of a file that a hash of each prompt chooses."""
     return split in PARTS and os.path.isfile(source)
+
+
+def read_label_record(source: str | os.PathLike) -> dict[str, Any] | None:
+    """What `llm2slm label` says of the responses that it wrote; `None` of another data set."""
+    path = Path(source) / LABEL_RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def describe_labels(source: str | os.PathLike, completion_format: str | None) -> str | None:
+    """One sentence on labels that are read in place of what a format says; nothing if there are none."""
+    if completion_format is None or read_label_record(source) is None:
+        return None
+    return (
+        f"{os.fspath(source)}: `llm2slm label` wrote its responses. They are read from the column 'completion', "
+        "not by `completion_format`."
+    )
 
 
 def part_sizes(source: str | os.PathLike, prompt_format: str | None = None) -> dict[str, int]:
@@ -198,7 +218,11 @@ def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dat
     def texts(row: dict, index: int) -> dict:
         return {name: _text(name, text_format, row, f"{where}, row {index}") for name, text_format in formats.items()}
 
-    return rows.map(texts, with_indices=True, remove_columns=rows.column_names, desc="Reading texts")
+    made = rows.map(texts, with_indices=True, remove_columns=rows.column_names, desc="Reading texts")
+    for name, feature in made.features.items():
+        if getattr(feature, "dtype", None) == "large_string":  # as pandas and polars write text
+            made = made.cast_column(name, Value("string"))
+    return made
 
 
 def _check_columns(rows: Dataset, formats: dict[str, str | None], where: str) -> None:

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..utils import check_installed, check_new_file, check_settings, machine, versions, write_json
 
-SETTINGS, RECORD = "settings.json", "label.json"
+SETTINGS = "settings.json"
 
 
 def label(
@@ -50,8 +51,10 @@ def label(
             `device`; `base` is where an adapter's base model is, if not where it says.
         data (`str`):
             The prompts, as [`~llm2slm.data.pairs.load_pairs`] takes them, with `split` (one or more), the formats and
-            `max_examples` of each. `prompt_format` is that of the LLM's training if omitted, by its `run.json`.
-        output (`str`): New folder for the data set.
+            `max_examples` of each. `prompt_format` is that of the LLM's training if omitted, by its `run.json`; long
+            prompts are cut if its training cut them, and nothing is put before them.
+        output (`str`):
+            New folder for the data set. Slices of one split are one split there; all of a file is `train`.
         instruction (`str`, *optional*): What to do, said before each prompt.
         few_shot (`int`, *optional*): Puts this many pairs of the first split before each prompt; they are left out.
         chat_template (`bool`, *optional*):
@@ -59,11 +62,13 @@ def label(
             train it.
         batch_size (`int`, *optional*, defaults to 16): Prompts at a time.
         max_new_tokens (`int`, *optional*, defaults to 128): Tokens of a response at most.
-        do_sample, temperature, top_p, seed: Sampling; the likeliest token, always, if not asked for.
+        do_sample, temperature, top_p, seed:
+            Sampling, from all tokens unless `top_p` says otherwise; the likeliest token, always, if not asked for.
 
     Raises:
         OSError: if the LLM or the data are missing, or the output exists.
-        ValueError: if arguments disagree, a prompt is empty or too long, or what was begun had other settings.
+        ValueError: if arguments disagree, a prompt is empty or too long, or what was begun had other settings,
+            another LLM or other data.
         ImportError: if a package is missing.
     """
     settings = {
@@ -91,10 +96,11 @@ def label(
     output = output.rstrip(os.sep)
     check_new_file(output)
     check_installed("Labelling", "datasets")
-    from datasets import DatasetDict
+    from datasets import DatasetDict, concatenate_datasets
 
-    from ..language_models import choose_device, load_model, set_generation
-    from ..training.run_folder import read_run
+    from ..data.pairs import LABEL_RECORD
+    from ..language_models import choose_device, identify, load_model, set_generation
+    from ..training.run_folder import prompt_limit, read_run
 
     choose_device(device)  # one that is not there is said before anything is read
     trained = read_run(llm)
@@ -107,16 +113,23 @@ def label(
     rows, prompts = read_prompts(data, split, prompt_format, max_examples, shots, instruction)
     work = Path(f"{output}.part")
     settings["fingerprint"] = hash_prompts(prompts, shots)
+    longest_prompt = None if instruction or shots else prompt_limit(trained["recipe"])
+    settings["prompt_max_length"] = longest_prompt
     check_settings(work / SETTINGS, settings, work)
 
     model, tokenizer = load_model(llm, revision, base, dtype, device, (trained["llm"] or {}).get("name_or_path"))
+    settings["weights"] = identify(model)  # a folder's may be others than when this was begun
+    check_settings(work / SETTINGS, settings, work)
     set_generation(model, tokenizer, max_new_tokens, num_beams=1)
     if do_sample:
-        model.generation_config.update(do_sample=True, temperature=temperature, top_p=top_p)
+        model.generation_config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     if chat_template and tokenizer.chat_template is None:
         raise ValueError(f"--chat-template: {llm!r} has none.")
     texts, stop = add_examples(tokenizer, prompts, shots, instruction, chat_template, bool(trained["data"]))
-    ids = {part: encode(texts[part], tokenizer, part, in_format=prompt_format is not None) for part in texts}
+    ids = {
+        part: encode(texts[part], tokenizer, part, in_format=prompt_format is not None, limit=longest_prompt)
+        for part in texts
+    }
     check_lengths(model.config, ids, max_new_tokens)
     open_work_folder(work, settings)
     try:
@@ -127,13 +140,15 @@ def label(
         print(f"\nStopped. The same command goes on from what is in {work}.", file=sys.stderr)
         raise
 
-    labelled, counts = {}, {}
+    labelled, counts = defaultdict(list), {}
     for part in rows:
-        labelled[part.partition("[")[0]], counts[part] = join(rows[part], prompts[part], responses[part])
+        joined, counts[part] = join(rows[part], prompts[part], responses[part])
         counts[part]["of_max_new_tokens"] = sum(r["tokens"] >= max_new_tokens for r in responses[part])
+        name = part.partition("[")[0]
+        labelled["train" if name == "all" else name].append(joined)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
-    DatasetDict(labelled).save_to_disk(result)
+    DatasetDict({name: concatenate_datasets(parts) for name, parts in labelled.items()}).save_to_disk(result)
     record = {
         **settings,
         "labelled_by_a_pair": model.config.model_type == "llm2slm",
@@ -141,7 +156,7 @@ def label(
         "versions": versions(),
         "machine": machine(),
     }
-    write_json(result / RECORD, record)
+    write_json(result / LABEL_RECORD, record)
     check_new_file(output)
     result.rename(output)
     shutil.rmtree(work)
@@ -241,9 +256,10 @@ def add_examples(
     return texts, SHOT_SEPARATOR if tokenizer.chat_template is None else None
 
 
-def encode(texts: list, tokenizer, split: str, in_format: bool) -> list[list[int]]:
+def encode(texts: list, tokenizer, split: str, in_format: bool, limit: int | None = None) -> list[list[int]]:
     """
-    The ids of prompts that are strings or chats. `in_format`: whether they already have the form that the LLM reads.
+    The ids of prompts that are strings or chats, `limit` at most. `in_format`: whether they already have the form that
+    the LLM reads.
 
     Raises:
         ValueError: if the tokenizer makes no token of one.
@@ -252,9 +268,14 @@ def encode(texts: list, tokenizer, split: str, in_format: bool) -> list[list[int
     if not are_strings:
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in texts]
     apply_prompt_format = are_strings and not in_format
-    rows = tokenizer(texts, add_special_tokens=are_strings, apply_prompt_format=apply_prompt_format, verbose=False)[
-        "input_ids"
-    ]
+    rows = tokenizer(
+        texts,
+        add_special_tokens=are_strings,
+        apply_prompt_format=apply_prompt_format,
+        truncation=limit is not None,
+        max_length=limit,
+        verbose=False,
+    )["input_ids"]
     if empty := [number for number, ids in enumerate(rows) if not ids]:
         raise ValueError(f"The LLM's tokenizer makes no token of prompt {empty[0]} of the split {split!r}.")
     return rows

@@ -73,12 +73,12 @@ def evaluate(
     check_installed("Evaluation", "datasets", "rouge_score", "sacrebleu")
     from ..data import pairs
     from ..language_models import choose_device, load_model
-    from ..training.run_folder import read_run
+    from ..training.run_folder import prompt_limit, read_run
 
     choose_device(device)  # one that is not there is said before anything is read
     trained = read_run(model)
     if prompt_max_length is None and not (few_shot or instruction):
-        prompt_max_length = trained_prompt_limit(trained["recipe"])
+        prompt_max_length = prompt_limit(trained["recipe"])
     formats = {"prompt_format": prompt_format, "completion_format": completion_format}
     formats = {name: trained["data"].get(name) if text is None else text for name, text in formats.items()}
 
@@ -95,6 +95,8 @@ def evaluate(
         check_held_out(trained["data"], model, data, split)
         parts = pairs.part_sizes(data, formats["prompt_format"])
         print(pairs.describe_parts(data, parts))
+    if labels := pairs.describe_labels(data, formats["completion_format"]):
+        print(labels)
     shots = load(few_shot_split, few_shot) if few_shot else {}
     if few_shot and (missing := [value for value in groups if value not in shots]):
         raise ValueError(f"--few-shot: the split {few_shot_split!r} has no pair whose {by} is {missing[0]!r}.")
@@ -188,22 +190,22 @@ def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -
     Checks that a part of a file was held out when the model was trained on that file.
 
     Raises:
-        ValueError: if the training chose its rows of the file otherwise.
+        ValueError: if the training chose its rows of the file otherwise, or learned from all of them.
     """
-    source = trained.get("source", "")
-    if split == "train" or trained.get("parts") or not os.path.exists(source) or not os.path.samefile(source, data):
+    if split == "train":
+        return
+
+    def is_data(source: str) -> bool:
+        return os.path.exists(source) and os.path.samefile(source, data)
+
+    if any(is_data(source) for source in trained.get("more") or {}):
+        raise ValueError(f"{model!r} learned from all of {data} (`more_data`): its {split!r} is not held out.")
+    if trained.get("parts") or not is_data(trained.get("source", "")):
         return
     raise ValueError(
         f"{model!r} was trained on rows of {data} that are not its part 'train': it may have learned from rows of "
         f"{split!r}. Name the rows with --split, such as 'train[90%:]' or 'all'."
     )
-
-
-def trained_prompt_limit(recipe: dict[str, Any]) -> int | None:
-    """The tokens that the training cut prompts to; `None` if it cut none. A recipe says what is not the default."""
-    from ..training.options import TrainOptions
-
-    return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
 
 
 def system_name(model: str, few_shot: int | None) -> str:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
-from ..data.pairs import describe_parts, hash_texts, recorded_source
+from ..data.pairs import describe_labels, describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
 from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_json
 from . import record, setup
@@ -22,11 +22,12 @@ from .run_folder import (
     ELSEWHERE,
     REPORT,
     START,
-    TEACHER,
+    check_data,
     last_complete_checkpoint,
     move_to_top,
     open_run_folder,
     remove_incomplete_checkpoints,
+    remove_made_first,
     write_folder,
 )
 from .sources import WeighingCollator, check_sources, scale_weights
@@ -58,6 +59,8 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
         raise ValueError("FSDP and DeepSpeed make the optimizer themselves: leave out `projector_learning_rate`.")
     if options.teacher and training.label_smoothing_factor:
         raise ValueError("A teacher says what else might stand there: leave out `label_smoothing_factor`.")
+    if options.more_data and training.label_smoothing_factor:
+        raise ValueError("`more_data` weighs the loss token by token, unsmoothed: leave out `label_smoothing_factor`.")
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
         raise ValueError("DeepSpeed's ZeRO stage 3 is not supported: choose stage 1 or 2.")
     folder = Path(training.output_dir)
@@ -76,15 +79,18 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
     with training.main_process_first(local=False):
         open_run_folder(folder, recipe)
         if (folder / REPORT).exists():
-            shutil.rmtree(folder / START, ignore_errors=True)
-            shutil.rmtree(folder / TEACHER, ignore_errors=True)
+            remove_made_first(folder)
             _say(training, f"This training is finished: its result is in {folder}.")
             return
         teacher = find_teacher(options)
         check_sources(options)
         (pairs, more_pairs), parts = setup.load_splits(options, teacher), setup.find_parts(options)
+        check_data(folder, {split: hash_texts(rows) for split, rows in pairs.items()})
         if parts is not None:
             _say(training, describe_parts(options.data, parts))
+        for source in [options.data, *options.more_data]:
+            if labels := describe_labels(source, options.completion_format):
+                _say(training, labels)
         if options.arm != "llm" and not (folder / START).exists():
             set_seed(training.seed)
             write_folder(folder / START, lambda path: setup.write_start(options, pairs, training.device, path))
@@ -219,8 +225,7 @@ def finish(options, training, folder: Path, trainer, metrics: dict[str, float], 
     }
     report |= {"versions": versions(), "machine": machine(), "seed": training.seed}
     write_json(folder / REPORT, report, replace=True)
-    for made_first in (START, TEACHER):
-        shutil.rmtree(folder / made_first, ignore_errors=True)
+    remove_made_first(folder)
     _say(training, f"Finished: {shown(folder)}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
 
 

@@ -1,9 +1,11 @@
 """The folder of one training: which training's it is, where that can be resumed, and results that are whole or absent.
 
 - `recipe.yaml` is written first: the options that differ from the defaults. A folder with another one is refused.
-- `start/` is the model before the first step, and `teacher/` says what its teacher is; both are gone at the end.
+- `data.json` has a hash of the pairs: a training goes on with the pairs that it began with.
+- `start/` is the model before the first step, and `teacher/` says what its teacher is.
 - `checkpoint-N/` are the Trainer's, which writes them in place: one is complete once its last file is.
-- The result is written aside and moved to the top; `run.json`, last, says that the training is finished.
+- The result is written aside and moved to the top; `run.json` says that the training is finished. Then `data.json`,
+  `start/` and `teacher/` go.
 """
 
 import json
@@ -17,9 +19,10 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils import write_whole
+from ..utils import read_json, write_json, write_whole
+from .options import TrainOptions
 
-RECIPE, START, TEACHER, REPORT = "recipe.yaml", "start", "teacher", "run.json"
+RECIPE, DATA, START, TEACHER, REPORT = "recipe.yaml", "data.json", "start", "teacher", "run.json"
 # What may differ when a training is resumed: it changes nothing of the result.
 ELSEWHERE = ("output_dir", "cache_dir", "disable_tqdm", "log_level", "dataloader_num_workers", "ddp_timeout")
 
@@ -38,31 +41,65 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"`output_dir` {str(folder)!r} is a file.")
-    path, part = folder / RECIPE, folder / f"{RECIPE}.part"
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    made_first = [folder / START, folder / TEACHER]
-    before_the_first_step = {path, part, *made_first, *(made.with_name(f"{made.name}.part") for made in made_first)}
+    path, text = folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     if path.is_file():
         there, here = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
         names = sorted((there.keys() | here.keys()) - set(ELSEWHERE))
         different = [name for name in names if there.get(name) != here.get(name)]
         if not different:
             return
-        if set(folder.iterdir()) - before_the_first_step:
+        if _has_begun(folder):
             raise ValueError(
                 f"`output_dir` {str(folder)!r} holds another training: its `{different[0]}` is "
                 f"{_said(there, different[0])}, here it is {_said(here, different[0])}. Choose another folder, or "
                 "remove it."
             )
-        for made in made_first:
-            shutil.rmtree(made, ignore_errors=True)
-    elif folder.is_dir() and set(folder.iterdir()) - {part}:
+        remove_made_first(folder)
+    elif folder.is_dir() and set(folder.iterdir()) - {folder / f"{RECIPE}.part"}:
         raise FileExistsError(
             f"`output_dir` {str(folder)!r} holds other things than a training: choose a new folder, or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(path, replace=True) as file:
         file.write(text)
+
+
+def check_data(folder: Path, hashes: dict[str, str]) -> None:
+    """
+    Notes what a training learns from or, of one that goes on, makes sure that it is what it began with.
+
+    Args:
+        folder (`Path`): The training's.
+        hashes (`dict[str, str]`): Of each split, from [`~llm2slm.data.pairs.hash_texts`].
+
+    Raises:
+        ValueError: if the pairs are others than those of the steps that were taken.
+    """
+    path = folder / DATA
+    if path.is_file():
+        there = read_json(path)
+        if there == hashes:
+            return
+        if _has_begun(folder):
+            changed = next(split for split in hashes if there.get(split) != hashes[split])
+            raise ValueError(
+                f"`output_dir` {str(folder)!r} holds a training whose {changed} pairs were others than they are now. "
+                "Give it the same data, choose another folder, or remove it."
+            )
+        remove_made_first(folder)
+    write_json(path, hashes, replace=True)
+
+
+def remove_made_first(folder: Path) -> None:
+    """Removes what a training made before its first step."""
+    (folder / DATA).unlink(missing_ok=True)
+    for made in (START, TEACHER):
+        shutil.rmtree(folder / made, ignore_errors=True)
+
+
+def _has_begun(folder: Path) -> bool:
+    before = {RECIPE, DATA, START, TEACHER}
+    return any(path.name.removesuffix(".part") not in before for path in folder.iterdir())
 
 
 def _said(recipe: dict[str, Any], name: str) -> str:
@@ -95,6 +132,11 @@ def read_run(model: str) -> dict[str, Any]:
         formats = {name: recipe.get(name) for name in ("prompt_format", "completion_format")}
         return {"recipe": recipe, "data": formats, "llm": {"name_or_path": recipe["llm"]} if "llm" in recipe else None}
     return {"recipe": {}, "data": {}, "llm": None}
+
+
+def prompt_limit(recipe: dict[str, Any]) -> int | None:
+    """The tokens that a training cut prompts to; `None` if it cut none. A recipe says what is not the default."""
+    return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:

@@ -55,7 +55,7 @@ def load_splits(options: TrainOptions, teacher: Teacher | None = None) -> tuple[
         )
     more: dict[str, int] = {}
     if options.more_data:
-        splits["train"], more = add_sources(options, teacher, splits["train"], splits.get("validation"))
+        splits["train"], more = add_sources(options, teacher, splits["train"])
     return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 
@@ -78,7 +78,7 @@ def find_parts(options: TrainOptions) -> dict[str, int] | None:
 
 def _without_empty(rows: Dataset, split: str, skip: bool) -> Dataset:
     def has_both(row: dict[str, Any]) -> bool:
-        return all(not isinstance(text, str) or text.strip() for text in (row["prompt"], row["completion"]))
+        return all(_words_of(text).strip() for text in (row["prompt"], row["completion"]))
 
     kept = rows.filter(has_both, desc="Looking for empty pairs")
     if len(kept) == len(rows):
@@ -89,6 +89,15 @@ def _without_empty(rows: Dataset, split: str, skip: bool) -> Dataset:
         raise ValueError(f"{left_out}, the first is {first}. Mend them, or leave them out with `skip_empty`.")
     print(f"{left_out} and are left out.")
     return kept
+
+
+def _words_of(text: str | list[dict[str, Any]]) -> str:
+    if isinstance(text, str):
+        return text
+    # What is no message is refused where they are tokenized.
+    return "".join(
+        str(message.get("content") or "") if isinstance(message, dict) else str(message) for message in text
+    )
 
 
 def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, tokenizer) -> dict[str, Dataset]:

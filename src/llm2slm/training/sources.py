@@ -1,8 +1,8 @@
 """Further data sets beside the one that is evaluated on, such as prompts that an LLM has labelled.
 
 Choices made here:
-- No pair of theirs is evaluated on, and none has a prompt that is: those of the first data set's validation and test
-  split are left out.
+- No pair of theirs is evaluated on, and none has a prompt that may be: those of the first data set's validation and
+  test split are left out, all of them.
 - A weight is what each of their tokens counts in the loss beside one of the first data set. Weights are divided by
   their mean over the tokens of all sources, so that the learning rate means the same with them.
 """
@@ -11,19 +11,18 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from ..data.pairs import MissingSplitError, load_rows, make_texts
+from ..data.pairs import MissingSplitError, load_rows, make_texts, read_label_record
 from .options import TrainOptions
 from .teacher import Teacher, load_taught_pairs
 
 WEIGHT = "token_weight"  # the column: what each token of a pair's response counts
 WEIGHTS = "token_weights"  # of a batch
-TEST = "test"
+HELD_OUT = "validation", "test"  # splits
 
 
 def check_sources(options: TrainOptions) -> None:
@@ -34,17 +33,14 @@ def check_sources(options: TrainOptions) -> None:
         ValueError: if there is such data, by its `label.json`.
     """
     for source in [options.data, *options.more_data]:
-        record = Path(source) / "label.json"
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("labelled_by_a_pair"):
+        if (read_label_record(source) or {}).get("labelled_by_a_pair"):
             raise ValueError(
                 f"The responses in {source!r} were written by an LLM-to-SLM pair: a student would learn its faults. "
                 "Label the prompts with an LLM, `llm2slm label --llm LLM`."
             )
 
 
-def add_sources(
-    options: TrainOptions, teacher: Teacher | None, pairs: Dataset, validation: Dataset | None
-) -> tuple[Dataset, dict[str, int]]:
+def add_sources(options: TrainOptions, teacher: Teacher | None, pairs: Dataset) -> tuple[Dataset, dict[str, int]]:
     r"""
     The pairs of `train` and, behind them, those of `options.more_data`, with the column `token_weight`.
 
@@ -52,7 +48,6 @@ def add_sources(
         options ([`TrainOptions`]): `data`, `more_data` and what goes with them.
         teacher ([`Teacher`], *optional*): Who teaches.
         pairs (`datasets.Dataset`): The pairs of `data` that are learned from.
-        validation (`datasets.Dataset`, *optional*): Those that are evaluated on.
 
     Returns:
         The pairs of all sources, and how many each of `more_data` has.
@@ -61,11 +56,7 @@ def add_sources(
         OSError: if there is no such data set.
         ValueError: if one has chats where another has texts, or no pair that is not evaluated on.
     """
-    held_out = _prompts(validation) if validation is not None else set()
-    with contextlib.suppress(MissingSplitError):
-        rows = load_rows(options.data, TEST, prompt_format=options.prompt_format)
-        where = f"{options.data!r}, split {TEST!r}"
-        held_out |= _prompts(make_texts(rows, {"prompt": options.prompt_format}, where))
+    held_out = _held_out_prompts(options)
     sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
     for name in options.more_data:
         split = "all" if os.path.isfile(name) else "train"
@@ -82,8 +73,16 @@ def add_sources(
     return concatenate_datasets(sources), counts
 
 
-def _prompts(pairs: Dataset) -> set[str]:
-    return {_key(prompt) for prompt in pairs["prompt"]}
+def _held_out_prompts(options: TrainOptions) -> set[str]:
+    prompts: set[str] = set()
+    for split in dict.fromkeys([options.validation_split, *HELD_OUT]):
+        with contextlib.suppress(MissingSplitError):
+            if split == "none":
+                continue
+            rows = load_rows(options.data, split, prompt_format=options.prompt_format)
+            texts = make_texts(rows, {"prompt": options.prompt_format}, f"{options.data!r}, split {split!r}")
+            prompts |= {_key(prompt) for prompt in texts["prompt"]}
+    return prompts
 
 
 def _key(prompt: Any) -> str:

@@ -14,6 +14,7 @@ A trimmed tokenizer may cut a response into other tokens than the teacher's. Cho
 import gc
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from ..building.tokenizers import find_token_ids, first_pieces
 from ..data.collator import DataCollatorForLLM2SLM, encode_pairs
 from ..data.pairs import load_pairs, load_rows, make_texts
 from ..data.teacher_distributions import cache_distributions, find_distributions
-from ..language_models import check_positions, load_model, load_models_tokenizer, response_logits
+from ..language_models import check_positions, identify, load_model, load_models_tokenizer, response_logits
 from ..loading_llm2slm import load_tokenizer
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import write_json
@@ -113,7 +114,11 @@ def load_taught_pairs(
     if teacher.prompt_format == options.prompt_format:
         return pairs.add_column(PROMPT, pairs["prompt"][:])
     rows = load_rows(source, split, max_pairs, options.prompt_format)
-    texts = make_texts(rows, {"prompt": teacher.prompt_format}, f"{source!r}, for the teacher")
+    try:
+        texts = make_texts(rows, {"prompt": teacher.prompt_format}, f"{source!r}")
+    except ValueError as error:
+        text = re.sub("(?<=[`-])prompt([_-])format", r"teacher\1prompt\1format", str(error))
+        raise ValueError(f"For the teacher: {text}") from error
     return pairs.add_column(PROMPT, texts["prompt"][:])
 
 
@@ -147,7 +152,7 @@ def teach(
     if record.exists():
         teachers = LLM2SLMTokenizer.from_pretrained(record)
         cache = cache_dir / json.loads((record / RECORD).read_text(encoding="utf-8"))["distributions"]
-        pairs = _encode(options, examples, teachers)
+        pairs = _encode(options, teacher, examples, teachers)
         places = find_distributions(cache, pairs)
     if places is None:
         teachers, cache, pairs, places = _run(options, teacher, examples, student, device, cache_dir)
@@ -164,7 +169,7 @@ def _run(options: TrainOptions, teacher: Teacher, examples: Dataset, student, de
     """The teacher's tokenizer, the cache, the pairs in the teacher's tokens and the places of their distributions."""
     model, teachers = load_model(teacher.name, device=str(device), trained_llm=teacher.trained_llm)
     _token_map(teachers, student, teacher.name)
-    pairs = _encode(options, examples, teachers)
+    pairs = _encode(options, teacher, examples, teachers)
     check_positions(
         model.config,
         [(len(prompt), len(response)) for prompt, response in pairs],
@@ -191,20 +196,6 @@ def _write_record(path: Path, tokenizer: LLM2SLMTokenizer, cache: Path) -> None:
     write_json(path / RECORD, {"distributions": cache.name})
 
 
-def identify(model) -> str:
-    """A hash of a model's architecture and of all its weights."""
-    digest = hashlib.sha256()
-    fields = model.config.to_dict()
-    for where_and_how in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        fields.pop(where_and_how, None)
-    digest.update(json.dumps([type(model).__name__, fields], sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(content.numpy())
-    return digest.hexdigest()
-
-
 def _token_map(teachers: LLM2SLMTokenizer, student, name: str) -> torch.Tensor:
     token_map = first_pieces(teachers.slm_tokenizer, student)
     if token_map is None:
@@ -213,15 +204,28 @@ def _token_map(teachers: LLM2SLMTokenizer, student, name: str) -> torch.Tensor:
     return token_map
 
 
-def _encode(options: TrainOptions, examples: Dataset, teachers: LLM2SLMTokenizer) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response of each example in the teacher's tokens."""
+def _encode(
+    options: TrainOptions, teacher: Teacher, examples: Dataset, teachers: LLM2SLMTokenizer
+) -> list[tuple[list[int], list[int]]]:
+    """
+    Prompt and response of each example in the teacher's tokens. They are cut as the student's are, but for prompts in
+    a form of their own, which may end in an instruction.
+    """
     prompts, completions = examples[PROMPT][:], examples["completion"][:]
     if not isinstance(prompts[0], str) and teachers.chat_template is None:
         raise ValueError(
             f"The prompts are chats, but the teacher {options.teacher!r} has no chat template: say what it reads with "
             "`teacher_prompt_format`."
         )
-    columns = encode_pairs(prompts, completions, teachers, range(len(prompts)), apply_prompt_format=False)
+    cuts_prompts = options.truncate and teacher.prompt_format == options.prompt_format
+    columns = encode_pairs(
+        prompts,
+        completions,
+        teachers,
+        range(len(prompts)),
+        apply_prompt_format=False,
+        prompt_max_length=options.prompt_max_length if cuts_prompts else None,
+    )
     longest = options.response_max_length if options.truncate else None
     return [
         (prompt, response[:longest]) for prompt, response in zip(columns["input_ids"], columns["labels"], strict=True)
