@@ -46,6 +46,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
 from llm2slm.cli import main as cli  # noqa: E402
 from llm2slm.serving.vllm_config import PROMPT_FOLDER  # noqa: E402
+from llm2slm.serving.vllm_connector import weights_id  # noqa: E402
 
 ON_CPU = current_platform.is_cpu()
 WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12
@@ -435,6 +436,18 @@ def test_a_pair_trained_anew_in_its_folder_does_not_read_what_the_old_one_encode
         model.projector.out.weight += 1
     model.save_pretrained(tmp_path / "pair")
     assert not connector().has_cache_item("hash")
+
+
+def test_a_checkpoint_on_the_hub_is_told_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, old, new = tmp_path / "models--me--pair", "a" * 40, "b" * 40
+    for commit in (old, new):
+        save_pair(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(new)
+    assert weights_id("me/pair") == new and weights_id("me/pair", old) == old
+    one, other = (weights_id(str(repo / "snapshots" / commit)) for commit in (old, new))
+    assert one == other != new  # folders of the same weights
 
 
 def test_two_servers_encode_and_two_write_and_of_each_one_may_be_killed(tmp_path):

@@ -15,10 +15,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
 
+from ..loading_llm2slm import resolve_revision
 
-def weights_id(checkpoint: str, commit: str | None) -> str:
+
+def weights_id(checkpoint: str, revision: str | None = None) -> str:
     """What tells a checkpoint's weights from those of another: the commit on the Hub or, of a folder, their hash."""
-    if commit is not None:
+    if commit := resolve_revision(checkpoint, None, {"revision": revision}):
         return commit
     digest = hashlib.sha256()
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
@@ -39,8 +41,7 @@ class PromptFolder(ECExampleConnector):
     def __init__(self, vllm_config, role):
         super().__init__(vllm_config, role)
         model = vllm_config.model_config
-        weights = weights_id(model.model, getattr(model.hf_config, "_commit_hash", None))
-        self._storage_path = os.path.join(self._storage_path, weights)
+        self._storage_path = os.path.join(self._storage_path, weights_id(model.model, model.revision))
         self._never_encoded: set[str] = set()
 
     def save_caches(self, encoder_cache, mm_hash, **kwargs):
