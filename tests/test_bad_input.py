@@ -183,6 +183,18 @@ def test_a_decoder_only_slm_needs_positions_for_the_response_too(kind):
     assert model.generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape == (2, 4)
 
 
+@pytest.mark.parametrize("kind", ["bart", "marian"])
+def test_an_encoder_decoder_slm_needs_positions_for_the_response(kind, module_calls):
+    model, prompt = build_model("t5", kind), padded(build_prompts((9, 3)))
+    before = len(module_calls)
+    for length in ({"max_new_tokens": 65}, {"max_length": 66}):
+        with pytest.raises(ValueError, match=rf"response has 65 tokens, but the SLM \({kind}\) has 64 positions"):
+            model.generate(**prompt, **length)
+    assert len(module_calls) == before
+    whole = model.generate(**prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, num_beams=1)
+    assert whole.shape == (2, 65)  # the start token is read, the last is not
+
+
 def test_padding_takes_no_positions():
     ids = torch.cat([torch.zeros(1, 30, dtype=torch.long), build_prompts((60,))[0][None]], dim=1)
     mask = torch.cat([torch.zeros(1, 30, dtype=torch.long), torch.ones(1, 60, dtype=torch.long)], dim=1)

@@ -657,7 +657,7 @@ def test_parquet_is_read_and_written_row_by_row_and_gone_on_with(checkpoints, tm
 
 def test_columns_that_do_not_go_into_parquet_are_said_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "id": 1}\n{"prompt": "w2", "id": "x"}\n')
-    argv = ["generate", "--model", "none", "--input", str(tmp_path / "p.jsonl")]
+    argv = ["generate", "--model", str(tmp_path), "--input", str(tmp_path / "p.jsonl")]  # a folder without a model
     assert_one_line_error(capsys, [*argv, "--output", str(tmp_path / "r.parquet")], "one type a column")
     parquet.write_table(table({"prompt": ["w1"], "day": [date(2024, 1, 2)]}), tmp_path / "p.parquet")
     argv[-1] = str(tmp_path / "p.parquet")
@@ -682,6 +682,42 @@ def test_an_unfinished_output_with_other_prompts_or_settings_is_kept_and_refused
     (tmp_path / "r.jsonl.part").unlink()  # as the error says: then it starts over
     assert cli.main([*argv, "--max-new-tokens", "5", "--prompt", "w1", "w3"]) is None
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_output_is_not_gone_on_with_by_other_weights(checkpoints, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    argv = ["generate", "--model", str(folder), "--output", str(tmp_path / "r.jsonl"), "--batch-size", "1"]
+    argv += ["--max-new-tokens", "4", "--prompt", "w1", "w2"]
+    interrupted_run(argv, 1, monkeypatch)
+    model = LLM2SLMForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        model.projector.out.weight += 1  # trained on in its folder
+    model.save_pretrained(folder)
+    assert_one_line_error(capsys, argv, "r.jsonl.part was begun with other settings: `weights` was ")
+
+
+def test_an_output_that_another_process_writes_is_left_alone(tmp_path):
+    prompts = offline.Prompts(lambda: iter([{"prompt": "w1"}]), 1, "")
+    other = f"""
+from llm2slm.serving import offline
+prompts = offline.Prompts(lambda: iter([{{"prompt": "w1"}}]), 1, "")
+with offline.Output({str(tmp_path / "r.jsonl")!r}, prompts, {{}}, 1).opened() as (file, _):
+    file.write("other")
+"""
+    with offline.Output(str(tmp_path / "r.jsonl"), prompts, {}, 1).opened() as (file, _):
+        assert "Another process writes" in (run_fresh({"other": other})["other"][2] or "")
+        file.write("{}\n")
+    assert (tmp_path / "r.jsonl").read_text() == "{}\n" and [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_prompts_that_are_too_long_are_told_before_the_first_response(checkpoints, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("w1\n\n" + "w2 " * 70 + "\nw3\n")
+    argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "p.txt"), "--max-new-tokens", "4"]
+    argv += ["--batch-size", "1", "--output", str(tmp_path / "r.jsonl")]
+    assert_one_line_error(capsys, argv, "1 of 4 prompts are too long, the first is number 3", "--prompt-max-length")
+    assert not list(tmp_path.glob("r.jsonl*"))
+    assert cli.main([*argv, "--prompt-max-length", "40"]) is None
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_blank_line_is_an_empty_response(checkpoint, tmp_path, capsys):
@@ -780,7 +816,9 @@ def test_wrong_models_and_long_prompts_are_one_line(checkpoints, capsys):
     assert_one_line_error(capsys, [*argv, llama, "--llm", "./none"], "frozen LLM could not be loaded")
     assert_one_line_error(capsys, [*argv, llama, "--device", "nonsense"], "--device nonsense")
     assert_one_line_error(
-        capsys, ["generate", "--model", llama, "--prompt", "w1 " * 65], "has 65 tokens", "64 positions"
+        capsys,
+        ["generate", "--model", llama, "--max-new-tokens", "4", "--prompt", "w1", "w1 " * 65],
+        "1 of 2 prompts are too long, the first is number 2",
     )
 
 

@@ -28,6 +28,8 @@ from conftest import (
 )
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     TemperatureLogitsWarper,
@@ -409,6 +411,38 @@ def test_stop_strings_are_the_llms_text(llm, noisy):
         ended = noisy.generate(PROMPT, stop_strings=[text[4:7]], tokenizer=tokenizer, **arguments)
         assert ended.shape[1] < 20 and text.startswith(letters.decode(ended[0]))
         assert text[4:7] in letters.decode(ended[0])
+
+
+class Only(LogitsProcessor):
+    """As a grammar's: only these tokens may come."""
+
+    def __init__(self, allowed):
+        self.allowed = allowed
+
+    def __call__(self, input_ids, scores):
+        forbidden = torch.ones_like(scores, dtype=torch.bool)
+        forbidden[:, self.allowed] = False
+        return scores.masked_fill(forbidden, -torch.inf)
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.3, 1])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_llm_writes_where_the_slm_has_no_token_that_is_allowed(llm, tolerance, do_sample):
+    model, allowed = build_trimmed_drafter(llm, lacking=[7, 9]), LogitsProcessorList([Only([7, 9])])
+    arguments = {"max_new_tokens": 6, "logits_processor": allowed, "do_sample": do_sample}
+    ids = model.generate(PROMPT, llm=llm, tolerance=tolerance, **arguments)[0].tolist()
+    assert len(ids) == 6 and set(ids) <= {7, 9}
+    if not do_sample:
+        assert ids == greedy(llm, max_new_tokens=6, logits_processor=allowed)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "own", [{"guidance_scale": 1.5}, {"watermarking_config": SynthIDTextWatermarkingConfig(5, [1, 2])}]
+)
+def test_what_remembers_each_call_is_refused_of_the_llms_own_generation_config_too(llm, noisy, own):
+    llm.generation_config.update(**own)
+    with pytest.raises(ValueError, match="Only a greedy response with `tolerance=0`"):
+        noisy.generate(PROMPT, llm=llm, tolerance=0.5, max_new_tokens=4)
 
 
 def test_the_output_is_that_of_lossless_mode(llm, noisy):

@@ -142,7 +142,9 @@ def test_a_pushed_repository_is_complete(pushed):
 
 
 PUSH_FORMS = """
+import contextlib
 import json
+from unittest import mock
 from conftest import build_model
 from huggingface_hub import list_repo_files, upload_file
 from llm2slm import LLM2SLMForConditionalGeneration
@@ -157,11 +159,15 @@ for size in ("20KB", "1GB", "20KB"):
     upload_file(path_in_repo="notes.txt", **upload)
 build_model("llama", "t5").save_pretrained("forms", push_to_hub=True, repo_id="tester/forms")
 files.append(sorted(name for name in list_repo_files("tester/forms") if not name.endswith(".py")))
+with mock.patch("huggingface_hub.upload_folder", side_effect=ConnectionError), contextlib.suppress(ConnectionError):
+    build_model("llama", "t5").save_pretrained("kept", push_to_hub=True, repo_id="tester/forms")
+    raise AssertionError
+LLM2SLMForConditionalGeneration.from_pretrained("kept")
 print(json.dumps(files))
 """
 
 
-def test_a_repository_holds_the_weights_of_the_last_push_alone(tmp_path):
+def test_a_repository_holds_the_weights_of_the_last_push_alone_and_a_failed_one_leaves_them_on_disk(tmp_path):
     with HubServer(tmp_path / "hub", lfs=False) as hub:
         shards, one, shards_again, saved = run(hub, tmp_path / "push", PUSH_FORMS, cwd=tmp_path)
         assert not any("info/lfs" in request.path for request in hub.requests)

@@ -31,7 +31,8 @@ from conftest import (
 )
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from llm2slm import LLM2SLMTokenizer, LosslessOutput, decoding_llm2slm, drafter_llm2slm
+from llm2slm import LLM2SLMTokenizer, LosslessOutput, decoding_llm2slm, drafter_llm2slm, drafting_llm2slm
+from llm2slm.building.tokenizers import limit_tokenizer, trim_tokenizer
 from llm2slm.few_rows_llm2slm import EagerFewRows
 
 WRITING_LLMS = ["t5", "t5gemma", "bart", "llama", "gemma3", "gpt2"]
@@ -293,6 +294,26 @@ def test_stop_strings_are_the_llms_text(llm):
         assert output.sequences.tolist() == expected.tolist()
 
 
+def test_stop_strings_are_found_in_the_llms_own_generation_config(llm):
+    model, tokenizer = build_copying_drafter(llm), build_slm_tokenizer()
+    text = tokenizer.decode(greedy(llm, max_new_tokens=12, **VARIED)[0])
+    llm.generation_config.stop_strings = [text[4:7]]
+    expected = greedy(llm, tokenizer=tokenizer, max_new_tokens=12, **VARIED)
+    assert expected.shape[1] < 12
+    output = model.generate_lossless(PROMPT, llm=llm, tokenizer=tokenizer, max_new_tokens=12, **VARIED)
+    assert output.sequences.tolist() == expected.tolist()
+
+
+def test_stop_strings_want_a_tokenizer_with_all_that_the_llm_writes(llm):
+    whole = build_slm_tokenizer()
+    trimmed, _ = trim_tokenizer(whole, ["a c a"])
+    pair = LLM2SLMTokenizer.from_tokenizers(limit_tokenizer(whole, trimmed), trimmed)
+    model, arguments = build_copying_drafter(llm), {"llm": llm, "max_new_tokens": 4, "stop_strings": ["b"]}
+    with pytest.raises(ValueError, match="has only those that the SLM writes: pass the LLM's own `tokenizer`"):
+        model.generate_lossless(PROMPT, tokenizer=pair, **arguments)
+    model.generate_lossless(PROMPT, tokenizer=whole, **arguments)
+
+
 class CountsTokens(LogitsProcessor):
     def __init__(self):
         self.lengths = []
@@ -335,10 +356,13 @@ def test_an_unsure_drafter_asks_the_llm_sooner(llm, noisy, spied_drafts):
 
 
 # ------------------------------------------------------------------------------------------------- like `llm.generate`
-def test_what_the_llm_would_sample_by_default_is_written_greedily(llm, noisy):
+def test_what_the_llm_would_sample_by_default_is_written_greedily(llm, noisy, caplog):
     expected = greedy(llm, max_new_tokens=10)
     llm.generation_config.update(do_sample=True, num_beams=3)
+    drafting_llm2slm.logger.warning_once.__func__.cache_clear()
+    caplog.set_level("WARNING", logger=drafting_llm2slm.logger.name)
     assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=10).sequences.tolist() == expected.tolist()
+    assert "what the LLM writes with `num_beams=1`" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

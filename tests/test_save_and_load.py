@@ -126,6 +126,14 @@ def test_an_llm_passed_as_an_object_is_saved_unless_it_is_given_a_place(tmp_path
     assert logits(load(tmp_path / "slim")).equal(logits(model))
 
 
+def test_an_llm_that_is_not_to_be_included_is_never_uploaded(tmp_path):
+    model = build_model("llama", "t5")  # of objects: it has no place where the LLM could be loaded from
+    for save in (model.push_to_hub, model.save_pretrained):
+        with pytest.raises(ValueError, match="A slim checkpoint names its LLM"):
+            save(str(tmp_path / "pair"), include_llm=False)
+    assert not (tmp_path / "pair").exists()
+
+
 @pytest.mark.parametrize("how", ["full state dict", "shards", "after training mode", "after load_llm"])
 def test_a_slim_checkpoint_never_holds_the_llm(slim, tmp_path, how):
     kwargs = {}

@@ -22,6 +22,7 @@ from conftest import POSITIONS, build_llm_tokenizer, build_model, build_slm_toke
 from transformers import GenerationConfig
 
 from llm2slm import LLM2SLMTokenizer, decoding_llm2slm
+from llm2slm.cli import main as cli
 from llm2slm.serving import batching, offline
 from llm2slm.serving.batching import Batcher, Response, Sampling, Written
 from llm2slm.serving.response_text import ResponseText
@@ -333,6 +334,23 @@ def test_what_a_generation_config_asks_for_and_is_not_served_is_refused_at_start
         Service(model, build_tokenizer())
 
 
+@pytest.mark.parametrize(
+    "setting", [{"encoder_no_repeat_ngram_size": 3}, {"token_healing": True}, {"cache_implementation": "paged"}]
+)
+def test_what_generate_refuses_of_a_generation_config_is_refused_at_start(setting):
+    model = build_pair()
+    model.generation_config.update(**setting)
+    with pytest.raises(ValueError, match=f"cannot be served.*{next(iter(setting))}"):
+        Service(model, build_tokenizer())
+
+
+def test_files_of_prompts_are_answered_whatever_a_generation_config_returns():
+    model, tokenizer = build_pair(), build_tokenizer()
+    expected = offline.generate_batch(model, tokenizer, ["w1"], max_new_tokens=4)
+    model.generation_config.return_dict_in_generate = True
+    assert offline.generate_batch(model, tokenizer, ["w1"], max_new_tokens=4) == expected
+
+
 @pytest.mark.parametrize("slm", PAIRS)
 def test_prompt_embeddings_are_what_the_slm_reads(slm, serve):
     model, tokenizer = build_pair(slm), build_tokenizer()
@@ -421,7 +439,8 @@ def test_what_cannot_be_compiled_is_not_said_to_be(fails, monkeypatch, caplog):
     if fails == "compiling":
         monkeypatch.setattr(decoding_llm2slm, "BACKEND", fail)
     else:
-        monkeypatch.setattr(model, "encode_prompt", fail)
+        tried, encode = [], model.encode_prompt  # once before anything is compiled
+        monkeypatch.setattr(model, "encode_prompt", lambda *a: fail() if tried else (tried.append(1), encode(*a))[1])
     batcher = Batcher(model, 8, 8, fast=True)
     batcher._compiling.join(60)
     batcher.close()
@@ -650,6 +669,13 @@ def test_one_prompt_that_fails_harms_no_other(serve, held, monkeypatch, caplog):
         assert_refused(failed.result(), 500, "could not answer")
         assert good.result()[2]["choices"][0]["text"] == expected and first.result() is not None
     assert "a secret of the machine" in caplog.text  # for whoever runs the server
+
+
+@pytest.mark.parametrize("argv", [["--api-key", ""], []])
+def test_an_empty_key_is_refused(argv, monkeypatch, capsys):
+    monkeypatch.setenv("LLM2SLM_API_KEY", "")
+    assert cli.main(["serve", "./none", "--host", "0.0.0.0", *argv]) == 2
+    assert "The API key is empty" in capsys.readouterr().err
 
 
 def test_sigterm_ends_the_command_when_running_answers_are_finished(tmp_path):

@@ -145,6 +145,17 @@ def test_the_tokenizer_cuts_and_pads_each_threads_text_as_it_asks():
             assert list(pool.map(ids, range(8))) == alone
 
 
+def test_the_tokenizer_reads_while_it_is_saved(tmp_path):
+    tokenizer = LLM2SLMTokenizer.from_tokenizers(build_llm_tokenizer(), build_slm_tokenizer())
+    expected = tokenizer("w1 w2")["input_ids"]
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(lambda: [tokenizer.save_pretrained(tmp_path / str(i)) for i in range(5)])
+        while not saved.done():
+            assert tokenizer("w1 w2")["input_ids"] == expected
+    assert len(saved.result()) == 5
+    assert LLM2SLMTokenizer.from_pretrained(tmp_path / "4")("w1 w2")["input_ids"] == expected
+
+
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_a_call_leaves_no_hook_and_changes_no_module(kind):
     llm = build_llm(kind)

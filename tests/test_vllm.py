@@ -45,8 +45,8 @@ from vllm.platforms import current_platform  # noqa: E402
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer  # noqa: E402
 from llm2slm.cli import main as cli  # noqa: E402
+from llm2slm.language_models import weights_id  # noqa: E402
 from llm2slm.serving.vllm_config import PROMPT_FOLDER  # noqa: E402
-from llm2slm.serving.vllm_connector import weights_id  # noqa: E402
 
 ON_CPU = current_platform.is_cpu()
 WIDE_LLM_VOCAB, NEW_TOKENS = 80, 12

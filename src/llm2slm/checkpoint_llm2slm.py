@@ -213,11 +213,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
             include_llm = self.config.include_llm or self.config.llm_name_or_path is None
         if include_llm and self.llm is None:
             raise ValueError("`include_llm=True`, but the LLM is not loaded: call `load_llm()` first.")
-        if not include_llm and self.config.llm_name_or_path is None:
-            raise ValueError(
-                "A slim checkpoint names its LLM, but `config.llm_name_or_path` is None. Set it to where the LLM can "
-                "be loaded from, or save with `include_llm=True`."
-            )
+        self._check_names_llm(include_llm)
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, but {str(save_directory)!r} is a file.")
         included_before = self.config.include_llm
@@ -232,6 +228,13 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         finally:
             self.config.include_llm = included_before
             self._skip_llm_when_saving()
+
+    def _check_names_llm(self, include_llm: bool):
+        if not include_llm and self.config.llm_name_or_path is None:
+            raise ValueError(
+                "A slim checkpoint names its LLM, but `config.llm_name_or_path` is None. Set it to where the LLM can "
+                "be loaded from, or save with `include_llm=True`."
+            )
 
     def _check_stored_parts(self):
         if self.llm is not None:
@@ -270,9 +273,15 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         try:
             super().save_pretrained(aside, True, state_dict, *args, **kwargs)
         except BaseException:
+            # A push writes its card when all else is written: with it, what failed was the upload of a whole model.
+            if os.path.exists(os.path.join(aside, "README.md")):
+                self._finish_saving(save_directory, aside, kwargs.get("variant"))
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        _replace_checkpoint(save_directory, aside, kwargs.get("variant"))
+        self._finish_saving(save_directory, aside, kwargs.get("variant"))
+
+    def _finish_saving(self, save_directory, aside, variant):
+        _replace_checkpoint(save_directory, aside, variant)
         card = os.path.join(save_directory, "README.md")
         if not os.path.exists(card):
             _write_default_card(card, self.config)
@@ -293,6 +302,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id, *args, include_llm: bool | None = None, **kwargs):
         """As every `push_to_hub`, with `include_llm` as in `save_pretrained`."""
+        self._check_names_llm(include_llm is not False)
         included_before = self.config.include_llm
         self.config.include_llm = included_before if include_llm is None else include_llm
         try:

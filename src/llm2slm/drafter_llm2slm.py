@@ -193,7 +193,10 @@ class Drafter:
         while len(draft.tokens) < limit:
             logits = self._next_token_logits(unread).float()
             if process is not None:
-                distribution = process(self._over_the_llms_tokens(logits), draft.tokens).softmax(dim=-1)
+                scores = process(self._over_the_llms_tokens(logits), draft.tokens)
+                if torch.isneginf(scores).all():  # the SLM has no token that is allowed: the LLM is asked
+                    break
+                distribution = scores.softmax(dim=-1)
                 choice = torch.multinomial(distribution, num_samples=1) if do_sample else distribution.argmax()
                 token, chance = int(choice), float(distribution[choice])
                 if do_sample:

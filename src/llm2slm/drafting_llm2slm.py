@@ -27,6 +27,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import SynthIDTextWatermarkingConfig
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .arguments_llm2slm import stop_at_strings
 from .drafter_llm2slm import Dial, Draft, Drafter
@@ -34,6 +35,8 @@ from .few_rows_llm2slm import EagerFewRows
 from .inputs_llm2slm import CACHE, check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
 from .loading_llm2slm import check_same_architecture
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -169,7 +172,7 @@ class LosslessGenerationMixin(GenerationMixin):
         for name in _OF_EACH_PROMPT:
             if arguments.get(name) is not None and len(arguments[name]) != len(input_ids):
                 raise ValueError(f"`{name}` has {len(arguments[name])} rows, but there are {len(input_ids)} prompts.")
-        arguments = _generate_arguments(arguments, dial)
+        arguments = _generate_arguments(arguments, dial, llm.generation_config)
         outputs = []
         for row, tokens in enumerate(attention_mask.to(input_ids.device) != 0):
             prompt_ids = input_ids[row, tokens][None].to(llm.device)  # without padding
@@ -292,8 +295,8 @@ def _arguments_of(generation_config, kwargs) -> dict[str, Any]:
     return arguments | kwargs
 
 
-def _generate_arguments(arguments, dial) -> dict[str, Any]:
-    """What `llm.generate` is called with, from what the caller asked for."""
+def _generate_arguments(arguments, dial, own: GenerationConfig) -> dict[str, Any]:
+    """What `llm.generate` is called with, from what the caller asked for and, where that is silent, the LLM's own."""
     known = {*vars(GenerationConfig()), *_ONE_RESPONSE, *_OWN_LOOP, *_CALL}
     if unknown := sorted(set(arguments) - known):
         raise TypeError(f"Drafting for `llm` got unexpected arguments: {unknown}.")
@@ -303,10 +306,15 @@ def _generate_arguments(arguments, dial) -> dict[str, Any]:
         raise ValueError(
             f"Drafting for `llm` reads the prompt as it is, in a loop and a cache of its own; got {asked}."
         )
-    do_sample = bool(arguments.get("do_sample"))
+    do_sample, effective = bool(arguments.get("do_sample")), vars(own) | arguments
+    if effective.get("num_beams") not in (None, 1):
+        logger.warning_once(
+            f"The LLM's generation config has num_beams={own.num_beams}, but a draft is verified for one beam: what "
+            "is written is what the LLM writes with `num_beams=1`."
+        )
     if not dial.is_exact(do_sample):
-        asked = _other_than({"guidance_scale": 1}, arguments)
-        if isinstance(arguments.get("watermarking_config"), SynthIDTextWatermarkingConfig):
+        asked = _other_than({"guidance_scale": 1}, effective)
+        if isinstance(effective.get("watermarking_config"), SynthIDTextWatermarkingConfig):
             asked = "a SynthID watermark"
         if asked:
             raise ValueError(
@@ -314,15 +322,32 @@ def _generate_arguments(arguments, dial) -> dict[str, Any]:
                 "called for, and a draft may be taken back."
             )
     tokenizer = arguments.get("tokenizer")
-    if arguments.get("stop_strings") is not None and tokenizer is not None:
-        tokenizer = getattr(tokenizer, "llm_tokenizer", tokenizer)
-        criteria = stop_at_strings(arguments["stop_strings"], tokenizer, arguments.get("stopping_criteria"))
+    if effective.get("stop_strings") is not None and tokenizer is not None:
+        tokenizer = _whole_llm_tokenizer(tokenizer)
+        criteria = stop_at_strings(effective["stop_strings"], tokenizer, arguments.get("stopping_criteria"))
         arguments = arguments | {"stopping_criteria": criteria, "stop_strings": None}
     left_out = {*_ONE_RESPONSE, *_OWN_LOOP, "tokenizer"}
     arguments = {name: value for name, value in arguments.items() if name not in left_out}
     arguments |= {"do_sample": do_sample, "num_beams": 1, "num_return_sequences": 1}
     # The loop below has a cache of its own, which can be cropped whatever the LLM's windows are.
     return arguments | {"use_cache": False, "cache_implementation": None}
+
+
+def _whole_llm_tokenizer(tokenizer):
+    """
+    The LLM's side of a pair's tokenizer, or the tokenizer itself.
+
+    Raises:
+        ValueError: if that side was limited to the SLM's tokens: the LLM writes others too.
+    """
+    llms = getattr(tokenizer, "llm_tokenizer", tokenizer)
+    ids = llms.get_vocab()
+    if llms is not tokenizer and max(ids.values()) >= len(ids) and ids.keys() >= tokenizer.get_vocab().keys():
+        raise ValueError(
+            "`stop_strings` are found in the LLM's tokens, and this pair's tokenizer has only those that the SLM "
+            "writes: pass the LLM's own `tokenizer`."
+        )
+    return llms
 
 
 def _of_row(arguments, row) -> dict[str, Any]:

@@ -82,11 +82,12 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             prompt_embeds (`torch.FloatTensor` of shape `(batch_size, prompt_length, slm_hidden_size)`, *optional*):
                 An encoded prompt, from `encode_prompt`: many calls, one encode.
             fast (`bool`, *optional*, defaults to `False`):
-                Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens in a fraction
-                of the time, on CPU for up to 8 responses or beams at a time (4 in bfloat16 where the CPU has matrix
-                units for it). The first call takes some 20 seconds to compile (a few where the compiler's cache on
-                disk serves), as does the first of more than one response or beam. It needs what `torch.compile` needs
-                (on CPU a C++ compiler); what it cannot do is decoded in the plain way, with a note.
+                Greedy search, sampling and beam search with a compiled step of the SLM: the same tokens (in bfloat16,
+                up to rounding) in a fraction of the time, on CPU for up to 8 responses or beams at a time (4 in
+                bfloat16 where the CPU has matrix units for it). The first call takes some 20 seconds to compile (a few
+                where the compiler's cache on disk serves), as does the first of more than one response or beam. It
+                needs what `torch.compile` needs (on CPU a C++ compiler); what it cannot do is decoded in the plain
+                way, with a note.
             llm (`PreTrainedModel`, *optional*):
                 The LLM with its head and all its layers: the one that this model was trained behind, or that
                 fine-tuned. It verifies what the SLM writes, as in `generate_lossless`, whose arguments are taken too.
@@ -149,6 +150,12 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         if beginning is not None:
             rows = num_prompts(prompt_embeds, prompt_hidden_states, input_ids)
             check_response("decoder_input_ids", beginning, rows)
+        if is_encoder_decoder:
+            length, new = generation_config.max_length or 0, generation_config.max_new_tokens
+            if new is not None:
+                length = new + (1 if beginning is None else beginning.shape[1])
+            # The last token is not read.
+            check_positions("SLM", self.config.slm_config.get_text_config(), length - 1, "response has")
         embeds, mask = self._prompt_for_slm(input_ids, attention_mask, prompt_hidden_states, prompt_embeds)
         # 3. The beginning of the response. A decoder-only SLM reads it behind the prompt.
         if is_encoder_decoder and beginning is not None:

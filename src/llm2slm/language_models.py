@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from . import auto  # noqa: F401  (LLM-to-SLM is one of the models that the Auto classes load)
 from .arguments_llm2slm import stop_at_strings
 from .configuration_llm2slm import LLM2SLMConfig
-from .loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
+from .loading_llm2slm import load_slm, load_tokenizer, max_positions, resolve_revision, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .utils import check_installed
@@ -127,6 +128,25 @@ def identify(model) -> str:
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(content.numpy())
+    return digest.hexdigest()
+
+
+def weights_id(checkpoint: str, revision: str | None = None) -> str:
+    """
+    What tells a checkpoint's weights from those of another, before they are loaded: the commit on the Hub or, of a
+    folder, their hash.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+    """
+    _check_folder(checkpoint)
+    if commit := resolve_revision(checkpoint, None, {"revision": revision}):
+        return commit
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
     return digest.hexdigest()
 
 

@@ -294,7 +294,10 @@ def _without_gguf_bars(gguf_file):
 
 
 # RoBERTa and its kin count positions from behind the padding token's id.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer")
+_OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "longformer"),
+    *("data2vec-text", "esm", "ibert", "luke", "mpnet", "xmod"),
+}
 
 
 def max_positions(config) -> int | None:

@@ -166,13 +166,11 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
         with open(path, "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, ensure_ascii=False)
         _without_indent(os.path.join(folder, "tokenizer.json"))
-        self.llm_tokenizer = None  # not a field of this tokenizer's own configuration
-        try:
-            return tuple(super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)) + tuple(
-                llm_files
-            )
-        finally:
-            self.llm_tokenizer = llm_tokenizer
+        # The LLM's is no field of this tokenizer's own configuration; others may use this one meanwhile.
+        own = copy.copy(self)
+        own.llm_tokenizer = None
+        files = super(LLM2SLMTokenizer, own).save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        return tuple(files) + tuple(llm_files)
 
     # ---------------------------------------------------------------------------------------------------- prompt side
     @property

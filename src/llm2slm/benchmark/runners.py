@@ -282,17 +282,19 @@ def _ctranslate2(llm, work: Workload) -> Runner:
     from transformers import PreTrainedTokenizerFast
 
     words = {f"t{i}": i for i in range(llm.config.vocab_size)}
-    folder = Path(tempfile.mkdtemp(prefix="llm2slm-ctranslate2-"))
-    llm.save_pretrained(folder / "llm")  # the converter reads a folder, with some tokenizer
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")),
-        eos_token="t1",
-        pad_token="t0",
-        unk_token="t2",
-    ).save_pretrained(folder / "llm")
-    converter = ctranslate2.converters.TransformersConverter(str(folder / "llm"))
-    converter.convert(str(folder / "converted"), quantization="int8")
-    translator = ctranslate2.Translator(str(folder / "converted"), intra_threads=torch.get_num_threads())
+    with tempfile.TemporaryDirectory(prefix="llm2slm-ctranslate2-") as name:
+        folder = Path(name)
+        llm.save_pretrained(folder / "llm")  # the converter reads a folder, with some tokenizer
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")),
+            eos_token="t1",
+            pad_token="t0",
+            unk_token="t2",
+        ).save_pretrained(folder / "llm")
+        converter = ctranslate2.converters.TransformersConverter(str(folder / "llm"))
+        converter.convert(str(folder / "converted"), quantization="int8")
+        translator = ctranslate2.Translator(str(folder / "converted"), intra_threads=torch.get_num_threads())
+        weight_bytes = (folder / "converted" / "model.bin").stat().st_size
     prompts = [[f"t{i}" for i in row] for row in _prompts(llm.config, work)["input_ids"].tolist()]
 
     def generate(num_tokens: int, streamer) -> int:
@@ -306,7 +308,7 @@ def _ctranslate2(llm, work: Workload) -> Runner:
         return min(len(result.hypotheses[0]) for result in results)
 
     runner = _runner("ctranslate2", llm, generate)
-    runner.config, runner.weight_bytes = None, (folder / "converted" / "model.bin").stat().st_size
+    runner.config, runner.weight_bytes = None, weight_bytes
     return runner
 
 

@@ -80,13 +80,18 @@ def run(options: Options) -> None:
     Raises:
         ImportError: if vLLM, or what reads and writes Parquet, is asked for and missing.
         OSError: if a file is missing, or the output exists.
-        ValueError: if options disagree, a prompt is of the wrong type, or an unfinished output had other settings.
+        ValueError: if options disagree, a prompt is of the wrong type or too long, or an unfinished output had other
+            settings.
     """
     check_options(options)
     check_new_file(options.output)
     prompts = read_prompts(options.prompt, options.input)
     size = 1 if options.stream else options.batch_size or BATCH_SIZES[options.engine]
     settings = settings_of(options, prompts, size)
+    if options.output is not None:
+        from ..language_models import weights_id
+
+        settings["weights"] = weights_id(options.model, options.revision)  # a folder's may be others by now
     if options.output is not None and os.path.exists(f"{options.output}.part"):
         check_settings(f"{options.output}.part.json", settings, f"{options.output}.part")
 
@@ -100,7 +105,7 @@ def run(options: Options) -> None:
         if not options.stream or answer.finish_reason is None:  # else it has been shown
             tqdm.write(answer.response, file=sys.stdout)  # keeps the bar below what is written
 
-    write = vllm_writer_of(options) if options.engine == "vllm" else model_writer_of(options)
+    write = vllm_writer_of(options, prompts) if options.engine == "vllm" else model_writer_of(options, prompts)
     at_once = 1 if options.engine == "vllm" else size  # vLLM tells of each response when it is written
     has_progress = not options.stream and prompts.number > at_once
     write_all(prompts, write, size, output, show if output is None or options.stream else None, has_progress)
@@ -139,18 +144,21 @@ def settings_of(options: Options, prompts: Prompts, batch_size: int) -> dict[str
     return {"prompts": prompts.sha256, "batch_size": batch_size, **settings}
 
 
-def model_writer_of(options: Options):
+def model_writer_of(options: Options, prompts: Prompts):
     """Loads the checkpoint, which writes by itself."""
     from transformers import TextStreamer
 
     from ..language_models import load_checkpoint, says_no_length
-    from ..serving.offline import model_writer
+    from ..serving.offline import check_lengths, model_writer
 
     model, tokenizer = load_checkpoint(options.model, options.revision, options.llm, options.dtype, options.device)
     names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
     kwargs: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if says_no_length(model.generation_config):
         kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
+    own = model.generation_config
+    length = kwargs.get("max_new_tokens") or own.max_new_tokens or own.max_length
+    check_lengths(prompts, tokenizer, model.config, length, options.prompt_max_length)
     if options.stream or options.do_sample:
         kwargs.setdefault("num_beams", 1)
     if options.stream:
@@ -160,10 +168,11 @@ def model_writer_of(options: Options):
     return model_writer(model, tokenizer, options.prompt_max_length, options.seed, **kwargs)
 
 
-def vllm_writer_of(options: Options):
+def vllm_writer_of(options: Options, prompts: Prompts):
     """Starts vLLM with the checkpoint."""
     from ..serving.vllm_offline import Choice, vllm_writer
 
     names = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed")
     choice = Choice(**{name: getattr(options, name) for name in names})
-    return vllm_writer(options.model, choice, options.revision, options.llm, options.dtype, options.prompt_max_length)
+    place = options.revision, options.llm, options.dtype
+    return vllm_writer(options.model, prompts, choice, *place, options.prompt_max_length)

@@ -59,7 +59,7 @@ def run(options: Options, checkpoint: str) -> None:
     Raises:
         ImportError: if what it takes to serve is not installed.
         OSError: if there is no such checkpoint, or it cannot listen there.
-        ValueError: if it is another kind of model.
+        ValueError: if it is another kind of model, its generation config is not served, or the API key is empty.
     """
     needed = ("prometheus_client", "pydantic", "starlette", "uvicorn")
     check_installed("`llm2slm serve`", *needed, install="pip install 'llm-to-slm[serve]'")
@@ -67,6 +67,9 @@ def run(options: Options, checkpoint: str) -> None:
     from ..serving.server import Server, listen, own_names, run
     from ..serving.service import Limits, Service
 
+    api_key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
+    if api_key == "":
+        raise ValueError(f"The API key is empty: say one, or leave out --api-key and {KEY_VARIABLE}.")
     listening = listen(options.host, options.port)  # before the model is loaded, which takes longer
     model, tokenizer = load_checkpoint(checkpoint, options.revision, options.llm, options.dtype, options.device)
     if (beams := model.generation_config.num_beams) not in (None, 1):
@@ -80,7 +83,6 @@ def run(options: Options, checkpoint: str) -> None:
         seconds=options.max_seconds,
     )
     name = options.name or (Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint)
-    api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
     hosts = [] if api_key else own_names(listening, options.host)  # pages of other sites do not know the key
     service, code = Service(model, tokenizer, limits, options.fast), 0
     try:

@@ -186,6 +186,9 @@ class Batcher:
             Whether few responses at a time are written by a compiled step (`generate(fast=True)`), once it is compiled
             in the background.
         on_batch (`Callable`, *optional*): Called with the prompts of each batch that begins.
+
+    Raises:
+        ValueError: if the checkpoint's generation config asks for what `generate` refuses.
     """
 
     def __init__(
@@ -206,6 +209,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._closing = False
         self._last_size = 1
+        self._try_once()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
         self._compiling: threading.Thread | None = None
@@ -252,6 +256,13 @@ class Batcher:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+
+    @torch.no_grad()
+    def _try_once(self) -> None:
+        try:
+            self._generate(*self._encode([[0, 1]]), max_new_tokens=1, eos_token_id=self.end_tokens or None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The checkpoint cannot be served. What it writes with says: {error}") from error
 
     def _work(self) -> None:
         while batch := self._next_batch():

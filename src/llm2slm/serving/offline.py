@@ -13,9 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from ..language_models import TooLong, find_too_long
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import check_new_file, write_json
@@ -65,8 +67,20 @@ class Output:
         and puts it in its place at the end.
 
         Raises:
-            OSError: if the file is there by then.
+            OSError: if the file is there by then, or another process writes it.
         """
+        lock = FileLock(f"{self.path}.part.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise FileExistsError(
+                f"Another process writes {self.path}: wait for it, or choose another name."
+            ) from error
+        with lock:
+            yield from self._opened()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def _opened(self) -> Iterator[tuple[TextIO, int]]:
         part, begun, answered = Path(f"{self.path}.part"), Path(f"{self.path}.part.json"), 0
         if part.exists() and begun.exists():
             answered = _keep_complete_batches(part, self.batch_size)
@@ -88,6 +102,38 @@ class Output:
             os.replace(f"{self.path}.whole", self.path)
             part.unlink()
         begun.unlink()
+
+
+def check_lengths(
+    prompts: Prompts, tokenizer: LLM2SLMTokenizer, config, max_new_tokens: int, prompt_max_length: int | None = None
+) -> None:
+    r"""
+    Checks that all prompts fit, before the first is answered.
+
+    Args:
+        prompts ([`Prompts`]): The prompts.
+        tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
+        config ([`LLM2SLMConfig`]): The checkpoint's.
+        max_new_tokens (`int`): Tokens of a response at most.
+        prompt_max_length (`int`, *optional*): Prompts are cut to this many tokens of the LLM.
+
+    Raises:
+        ValueError: if some do not: how many, and which is the first.
+    """
+    found: list[tuple[int, TooLong]] = []
+    rows, start = prompts.rows(), 0
+    while batch := list(islice(rows, 1000)):
+        for number, ids in enumerate(tokenizer([row["prompt"] for row in batch], verbose=False)["input_ids"], start):
+            length = len(ids) if prompt_max_length is None else min(len(ids), prompt_max_length)
+            found += [(number, too_long) for too_long in find_too_long(config, [(length, max_new_tokens)])]
+        start += len(batch)
+    if found:
+        number, (part, needed, limit) = found[0]
+        raise ValueError(
+            f"{len(found)} of {prompts.number} prompts are too long, the first is number {number + 1}: with a "
+            f"response of up to {max_new_tokens} tokens it needs {needed} positions, and {part} has {limit}. Cut "
+            "prompts with --prompt-max-length, allow shorter responses with --max-new-tokens, or leave them out."
+        )
 
 
 def _keep_complete_batches(part: Path, batch_size: int) -> int:
@@ -213,7 +259,8 @@ def generate_batch(
     truncation = {"truncation": True, "max_length": prompt_max_length} if prompt_max_length else {}
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
     # As the server does: one response to each prompt, in whose text the stop strings are looked for.
-    ids = model.generate(**inputs, stop_strings=None, num_return_sequences=1, **generate_kwargs)
+    one: dict[str, Any] = {"stop_strings": None, "num_return_sequences": 1, "return_dict_in_generate": False}
+    ids = model.generate(**inputs, **one, **generate_kwargs)
     if model.config.slm_config.is_encoder_decoder:
         ids = ids[:, 1:]  # the start token, which may be the end token too
     ends, stop = end_tokens(model), own_stop_strings(model)

@@ -7,27 +7,13 @@ and the same with `"ec_role": "ec_consumer"` for a server that writes, without t
 kind is for debugging: it may read a file that is not yet whole, and a prompt that was never encoded ends its server.
 """
 
-import hashlib
 import os
 import tempfile
-from pathlib import Path
 
 from safetensors.torch import save_file
 from vllm.distributed.ec_transfer.ec_connector.example_connector import ECExampleConnector
 
-from ..loading_llm2slm import resolve_revision
-
-
-def weights_id(checkpoint: str, revision: str | None = None) -> str:
-    """What tells a checkpoint's weights from those of another: the commit on the Hub or, of a folder, their hash."""
-    if commit := resolve_revision(checkpoint, None, {"revision": revision}):
-        return commit
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            while part := file.read(2**24):
-                digest.update(part)
-    return digest.hexdigest()
+from ..language_models import weights_id
 
 
 class PromptFolder(ECExampleConnector):

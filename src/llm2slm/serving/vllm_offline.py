@@ -9,10 +9,11 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from ..configuration_llm2slm import LLM_PLACE, LLM2SLMConfig
-from ..language_models import check_positions, says_no_length
+from ..language_models import says_no_length
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import MAX_NEW_TOKENS
-from .offline import Answer, Writer
+from .offline import Answer, Writer, check_lengths
+from .prompt_files import Prompts
 
 TOP_K = 50  # Transformers', of a checkpoint that samples and does not say
 # Of a generation config: what vLLM does not do, or not as `generate` does, and the values that ask for nothing.
@@ -45,6 +46,7 @@ class Choice:
 
 def vllm_writer(
     checkpoint: str,
+    prompts: Prompts,
     choice: Choice,
     revision: str | None = None,
     llm: str | None = None,
@@ -56,6 +58,7 @@ def vllm_writer(
 
     Args:
         checkpoint (`str`): A folder, or a name on the Hub.
+        prompts ([`Prompts`]): What it will be given.
         choice ([`Choice`]): How tokens are chosen. Beams are not served: a checkpoint that asks for them is greedy.
         revision (`str`, *optional*): Branch, tag or commit of its repository.
         llm (`str`, *optional*): Where its LLM is, if not where it says.
@@ -65,7 +68,7 @@ def vllm_writer(
     Raises:
         OSError: if there is no such checkpoint, or not its LLM.
         ValueError: if it is another kind of model, its LLM is not the one it was trained with, its SLM is an
-            encoder-decoder, or its generation config asks for what vLLM does not do.
+            encoder-decoder, its generation config asks for what vLLM does not do, or a prompt is too long.
     """
     config = _read_config(checkpoint, revision)
     own = _generation_config(checkpoint, revision, config)
@@ -73,6 +76,7 @@ def vllm_writer(
     if own.num_beams not in (None, 1):
         print(f"Without beams: the {own.num_beams} that this checkpoint asks for are not vLLM's.", file=sys.stderr)
     tokenizer = LLM2SLMTokenizer.from_pretrained(checkpoint, revision=revision)
+    check_lengths(prompts, tokenizer, config, params["max_tokens"], prompt_max_length)
     # In one process an error is raised as it is, and Ctrl-C ends the engine too. Standard output is for responses.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -109,8 +113,6 @@ def vllm_writer(
 
     def write(prompts: list[str], rows: list[int], tell: Callable[[int], None]) -> list[Answer]:
         ids = tokenizer(prompts, **truncation)["input_ids"]
-        lengths = [(len(prompt), params["max_tokens"]) for prompt in ids]
-        check_positions(config, lengths, "The longest prompt with its response", "see --prompt-max-length")
         ways = [vllm.SamplingParams(**params, seed=None if choice.seed is None else choice.seed + row) for row in rows]
         engine.enqueue([{"prompt_token_ids": prompt} for prompt in ids], ways, use_tqdm=False)
         finished = []
