@@ -334,9 +334,7 @@ def test_what_a_generation_config_asks_for_and_is_not_served_is_refused_at_start
         Service(model, build_tokenizer())
 
 
-@pytest.mark.parametrize(
-    "setting", [{"encoder_no_repeat_ngram_size": 3}, {"token_healing": True}, {"cache_implementation": "paged"}]
-)
+@pytest.mark.parametrize("setting", [{"encoder_no_repeat_ngram_size": 3}, {"token_healing": True}])
 def test_what_generate_refuses_of_a_generation_config_is_refused_at_start(setting):
     model = build_pair()
     model.generation_config.update(**setting)
