@@ -24,7 +24,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import load_slm, load_tokenizer, max_positions, resolve_revision, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .tokenization_llm2slm import LLM2SLMTokenizer
-from .utils import check_installed
+from .utils import MAX_NEW_TOKENS, check_installed
 
 SHOT_SEPARATOR = "\n\n"  # between the examples shown to a model without a chat template; ends its response
 
@@ -407,6 +407,11 @@ def _decoder_only_logits(model, batch):
 def says_no_length(config: GenerationConfig) -> bool:
     """Whether a generation configuration leaves the length of responses to Transformers' default."""
     return config.max_new_tokens is None and config.max_length in (None, GenerationConfig().max_length)
+
+
+def response_limit(config: GenerationConfig) -> int:
+    """Tokens of a response at most, by a generation configuration; `MAX_NEW_TOKENS` if it says nothing."""
+    return MAX_NEW_TOKENS if says_no_length(config) else config.max_new_tokens or config.max_length
 
 
 def set_generation(model, tokenizer, max_new_tokens: int, num_beams: int) -> None:

@@ -148,7 +148,7 @@ def model_writer_of(options: Options, prompts: Prompts):
     """Loads the checkpoint, which writes by itself."""
     from transformers import TextStreamer
 
-    from ..language_models import load_checkpoint, says_no_length
+    from ..language_models import load_checkpoint, response_limit, says_no_length
     from ..serving.offline import check_lengths, model_writer
 
     model, tokenizer = load_checkpoint(options.model, options.revision, options.llm, options.dtype, options.device)
@@ -156,8 +156,7 @@ def model_writer_of(options: Options, prompts: Prompts):
     kwargs: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if says_no_length(model.generation_config):
         kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    own = model.generation_config
-    length = kwargs.get("max_new_tokens") or own.max_new_tokens or own.max_length
+    length = kwargs.get("max_new_tokens") or response_limit(model.generation_config)
     check_lengths(prompts, tokenizer, model.config, length, options.prompt_max_length)
     if options.stream or options.do_sample:
         kwargs.setdefault("num_beams", 1)

@@ -71,12 +71,12 @@ class Output:
         """
         lock = FileLock(f"{self.path}.part.lock")
         try:
-            lock.acquire(blocking=False)
+            held = lock.acquire(blocking=False)
         except Timeout as error:
             raise FileExistsError(
                 f"Another process writes {self.path}: wait for it, or choose another name."
             ) from error
-        with lock:
+        with held:
             yield from self._opened()
             Path(lock.lock_file).unlink(missing_ok=True)
 

@@ -24,13 +24,13 @@ from ..language_models import (
     find_too_long,
     load_checkpoint,
     load_model,
-    says_no_length,
+    response_limit,
     set_generation,
 )
 from ..loading_llm2slm import split_gguf
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import MAX_NEW_TOKENS, machine
+from ..utils import machine
 
 TITLES = {
     "llm": "LLM",
@@ -205,9 +205,8 @@ def load_race(
     if instruction is not None and "lossless" in systems:
         raise ValueError("The lossless mode writes without --instruction: leave out one of them.")
     pair, tokenizer = load_checkpoint(checkpoint, revision, llm, dtype, device)
-    config = pair.generation_config
     if max_new_tokens is None:
-        max_new_tokens = MAX_NEW_TOKENS if says_no_length(config) else config.max_new_tokens or config.max_length
+        max_new_tokens = response_limit(pair.generation_config)
     set_generation(pair, tokenizer, max_new_tokens, num_beams=1)
     whole_llm: Any = None
     llm_tokenizer = tokenizer

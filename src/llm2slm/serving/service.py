@@ -12,11 +12,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import EpsilonLogitsWarper, EtaLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper
 
-from ..language_models import find_too_long, says_no_length
+from ..language_models import find_too_long, response_limit
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import MAX_NEW_TOKENS
 from .batching import Batcher, Encoding, QueueFull, Response, Sampling, Waiting
 from .metrics import Metrics
 from .requests import ChatRequest, GenerationRequest, Message, RequestError
@@ -208,7 +207,7 @@ class Service:
         held = (self.limits.prompt_tokens, max_positions(llm), self.slm_positions)
         self.prompt_tokens = min(limit for limit in held if limit is not None)
         own = model.generation_config
-        self.default_tokens = MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length
+        self.default_tokens = response_limit(own)
         check_served(own)
         self.default_sampling = read_sampling(own, model.device)
         self.own_stop = own_stop_strings(model)

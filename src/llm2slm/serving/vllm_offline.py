@@ -9,9 +9,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from ..configuration_llm2slm import LLM_PLACE, LLM2SLMConfig
-from ..language_models import says_no_length
+from ..language_models import response_limit
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import MAX_NEW_TOKENS
 from .offline import Answer, Writer, check_lengths
 from .prompt_files import Prompts
 
@@ -148,7 +147,7 @@ def sampling_params(own: GenerationConfig, choice: Choice) -> dict[str, Any]:
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     params: dict[str, Any] = {
         "temperature": 0.0,
-        "max_tokens": MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length,
+        "max_tokens": response_limit(own),
         "repetition_penalty": own.repetition_penalty or 1.0,
         # The ends that `generate` knows, and not those that vLLM finds besides.
         "ignore_eos": True,

@@ -24,10 +24,10 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..inputs_llm2slm import CACHE
-from ..language_models import says_no_length
+from ..language_models import response_limit
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import MAX_NEW_TOKENS, check_new_file
+from ..utils import check_new_file
 
 SLM_FILE, EMBEDDINGS_FILE = "model.onnx", "embed_tokens.onnx"
 PAGE = Path(__file__).parent / "browser"
@@ -164,7 +164,7 @@ def _write_settings(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTo
         eos_token_id=own.eos_token_id,
         bos_token_id=own.bos_token_id,
         pad_token_id=own.pad_token_id,
-        max_new_tokens=MAX_NEW_TOKENS if says_no_length(own) else own.max_new_tokens or own.max_length,
+        max_new_tokens=response_limit(own),
     ).save_pretrained(folder)
     tokenizer.slm_tokenizer.save_pretrained(folder)
 
