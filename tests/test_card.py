@@ -8,7 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 from conftest import build_llm, build_llm_tokenizer, build_slm, build_slm_tokenizer, run_fresh
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -126,6 +126,31 @@ def test_other_systems_stand_beside_it_with_paired_tests(files, run):
     rows = re.findall(r"^\| (run-\w+|named) \|", text, re.MULTILINE)
     assert rows == ["named", "run-slm", "run-llm", "run-slm", "run-llm"]  # scores, then differences to the first
     assert "| Minus named |" in text
+
+
+def test_a_checkpoint_of_several_tasks_has_a_row_a_task(files, run, tmp_path):
+    splits = load_from_disk(str(files / "spelling"))
+    test = splits["test"].add_column("task", ["spell", "count", "spell", "count"])
+    DatasetDict({"test": test}).save_to_disk(tmp_path / "tasks")
+    evaluate = ["--model", run, "--data", tmp_path / "tasks", "--max-new-tokens", 7, "--by", "task"]
+    assert command("evaluate", *evaluate, "--output", tmp_path / "by.json") is None
+    paths = [tmp_path / "by-count.json", tmp_path / "by-spell.json"]
+    outside = ["--outside", outside_report(files, tmp_path)]
+    written = card(run, "--slm-name", "tester/t5", "--license", "mit", "--report", *paths, *outside)
+    text, reports = written.text, [recorded(path) for path in paths]
+    assert re.findall(r"^\| (run-llm2slm, \w+) \|", text, re.MULTILINE) == ["run-llm2slm, count", "run-llm2slm, spell"]
+    assert "| Minus " not in text and "trained for 2 tasks, `count`, `spell`" in text
+    assert "in place of" not in text.partition("## Limits")[2]  # of which task's score?
+    for task, report in zip(("count", "spell"), reports, strict=True):
+        assert f"`{report['data']['fingerprint']}`" in text
+        shuffled = report["shuffled_states"]
+        assert f"of `{task}` is {shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f}" in text
+    scores = {(result.dataset_config, result.metric_name): result.metric_value for result in written.data.eval_results}
+    for task, report in zip(("count", "spell"), reports, strict=True):
+        assert scores[task, "chrF"] == round(report["scores"]["chrf"]["score"], 2)
+    texts = [path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines() for path in paths]
+    prompts = {f"{prompt['text']} w0" for prompt in written.data.widget}
+    assert all(prompts & {json.loads(line)["prompt"] for line in lines} for lines in texts)  # of each task
 
 
 def outside_report(files, tmp_path):

@@ -24,7 +24,7 @@ LEAST_LOSS = 0.01
 
 def compare_reports(paths: list[str], name: str | None = None) -> str:
     """
-    Markdown tables of several reports.
+    Markdown tables of several reports: scores and differences or, of the reports of `--by`, the scores of each value.
 
     Args:
         paths (`list[str]`): The reports; differences are to the first.
@@ -35,14 +35,28 @@ def compare_reports(paths: list[str], name: str | None = None) -> str:
         ValueError: if a file is something else, or the reports are about different data.
         ImportError: if the packages that compute the metrics are missing.
     """
-    if len(paths) == 1:
-        reports, texts = [read_report(paths[0])], None
-    else:
-        reports, texts = read_reports(paths)
+    reports = [read_report(path) for path in paths]
+    if are_by_value(reports):
+        for report in reports:
+            report["system"] = f"{name}, {value_of(report)}" if name else report["system"]
+        return score_table(reports)
     if name is not None:
         reports[0]["system"] = name
-    scores = score_table(reports)
-    return scores if texts is None else f"{scores}\n\n{difference_table(reports, texts)}"
+    if len(paths) == 1:
+        return score_table(reports)
+    return f"{score_table(reports)}\n\n{difference_table(reports, read_same_texts(paths, reports))}"
+
+
+def are_by_value(reports: list[dict[str, Any]]) -> bool:
+    """Whether they are several reports that `--by` wrote of one model: each of another value of one column."""
+    same = {(report.get("model"), report["data"].get("source"), *report["data"].get("by", ())) for report in reports}
+    values = {value_of(report) for report in reports}
+    return len(reports) > 1 and len(same) == 1 and None not in values and len(values) == len(reports)
+
+
+def value_of(report: dict[str, Any]) -> str | None:
+    """The value of the column of `--by` that a report is of, if that was asked for."""
+    return next(iter(report["data"].get("by", {}).values()), None)
 
 
 def show_reports(paths: list[str], max_examples: int | None = None) -> str:
@@ -87,12 +101,23 @@ def read_reports(paths: list[str]) -> tuple[list[dict[str, Any]], list[list[dict
         ValueError: if a file is something else, or the reports are about different data.
     """
     reports = [read_report(path) for path in paths]
+    return reports, read_same_texts(paths, reports)
+
+
+def read_same_texts(paths: list[str], reports: list[dict[str, Any]]) -> list[list[dict[str, str]]]:
+    """
+    The texts of each of several reports.
+
+    Raises:
+        OSError: if the texts of one are missing.
+        ValueError: if the reports are about different data.
+    """
     texts = [read_texts(path, report["data"]["examples"]) for path, report in zip(paths, reports, strict=True)]
     references = [[row["completion"] for row in rows] for rows in texts]
     for path, own in zip(paths, references, strict=True):
         if own != references[0]:  # prompts may differ: each system has them in its own form
             raise ValueError(f"{path} and {paths[0]} are about different data: their references differ.")
-    return reports, texts
+    return texts
 
 
 def read_report(path: str) -> dict[str, Any]:

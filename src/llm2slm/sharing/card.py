@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import METRICS, read_report
+from ..evaluation.reports import METRICS, are_by_value, read_report, value_of
 from ..utils import check_installed, read_json, write_whole
 from .card_sections import (
     as_code,
@@ -65,7 +65,8 @@ def write_card(
     Args:
         run (`str`): The folder of a training, with its `run.json`.
         report (`Sequence[str]`, *optional*):
-            Reports of `llm2slm evaluate`: of this model, and of others on the same data to stand beside it.
+            Reports of `llm2slm evaluate`: of this model, and of others on the same data to stand beside it; or this
+            model's reports of each task, by `--by`.
         outside (`Sequence[str]`, *optional*):
             Reports of `llm2slm evaluate` of this model on other text than it was trained for. The worst response of
             the first is shown.
@@ -150,9 +151,9 @@ def check_replaceable(path: Path) -> None:
         raise FileExistsError(f"{path} was written by hand; delete it or choose another --output.")
 
 
-def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+def order_reports(paths: list[str], folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """
-    The reports' paths, that of this model first, and its content.
+    The reports' paths, that of this model first, and what this model's says; all of them if each is of another task.
 
     Raises:
         ValueError: if none is of this model.
@@ -162,8 +163,9 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], dict[str, 
     if paths and not own:
         found = ", ".join(sorted({report["model"] for report in reports.values()}))
         raise ValueError(f"No report is of {str(folder)!r}: they are of {found}.")
-    ordered = own[:1] + [path for path in paths if path not in own[:1]]
-    return ordered, reports[own[0]] if own else None
+    if are_by_value(list(reports.values())):
+        return paths, list(reports.values())
+    return own[:1] + [path for path in paths if path not in own[:1]], [reports[path] for path in own[:1]]
 
 
 def read_outside(paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
@@ -302,7 +304,7 @@ def make_metadata(
     name: str,
     language: Sequence[str] | None,
     trained: dict,
-    own: dict | None,
+    own: list[dict],
     bases: dict[str, str],
     licence: str,
     task: str,
@@ -323,38 +325,41 @@ def make_metadata(
     }
     if bases:  # what began at random needs the LLM beside it, as an adapter does; the rest are its descendants
         metadata["base_model_relation"] = "finetune" if "slm" in bases else "adapter"
-    if own is not None:
-        metadata["metrics"] = list(dict.fromkeys(metric_type(metric) for metric in own["scores"]))
-        metadata["eval_results"] = evaluation_results(own, task)
+    if own:
+        metadata["metrics"] = list(dict.fromkeys(metric_type(metric) for metric in own[0]["scores"]))
+        metadata["eval_results"] = [result for report in own for result in evaluation_results(report, task)]
         metadata["model_name"] = name
     if prompts:
         metadata["widget"] = [{"text": prompt} for prompt in prompts]
     return ModelCardData(**metadata)
 
 
-def prompts_to_try(trained: dict, folder: Path, reports: list[str], own: dict[str, Any] | None) -> list[str]:
+def prompts_to_try(trained: dict, folder: Path, reports: list[str], own: list[dict[str, Any]]) -> list[str]:
     """Prompts of the evaluation as a user types them: the Hub's page and `llm2slm race` offer them."""
-    if own is None or trained["arm"] != "llm2slm":  # others are prompted in the form of their training
+    if not own or trained["arm"] != "llm2slm":  # others are prompted in the form of their training
         return []
-    return [without_format(row["prompt"], folder) for row in choose_examples(reports[0], own, PROMPTS_TO_TRY)]
+    number = -(-PROMPTS_TO_TRY // len(own))
+    rows = [row for path, report in zip(reports, own, strict=False) for row in choose_examples(path, report, number)]
+    return [without_format(row["prompt"], folder) for row in rows]
 
 
-def evaluation_results(own: dict[str, Any], task: str) -> list:
+def evaluation_results(report: dict[str, Any], task: str) -> list:
     """The scores for the Hub's `model-index`."""
     from huggingface_hub import EvalResult
 
-    source = own["data"]["source"]
+    source = report["data"]["source"]
     return [
         EvalResult(
             task_type=task,
             dataset_type=data_hub_name(source) or data_name(source),
             dataset_name=data_name(source),
-            dataset_split=own["data"]["split"],
+            dataset_config=value_of(report),
+            dataset_split=report["data"]["split"],
             metric_type=metric_type(name),
             metric_name=METRICS[name],
             metric_value=round(score["score"], 2),
         )
-        for name, score in own["scores"].items()
+        for name, score in report["scores"].items()
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_texts
+from ..evaluation.reports import METRICS, compare_reports, describe_increase, read_texts, value_of
 from ..utils import read_json
 
 SHORT = 160  # characters of the prompt of a failure that is shown
@@ -39,16 +39,16 @@ def summarize(trained: dict[str, Any], folder: Path, bases: dict[str, str]) -> s
 
 
 def describe_use(
-    model: str, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: dict | None, task: str
+    model: str, trained: dict, folder: Path, bases: dict[str, str], reports: list[str], own: list[dict], task: str
 ) -> dict[str, str | None]:
     """The snippet with an example of the evaluation, what it needs, and what it wrote then."""
     is_llm2slm = trained["arm"] == "llm2slm"
     # A checkpoint of LLM-to-SLM says itself how it writes.
     prompt, example, generation = "Your text.", None, {} if is_llm2slm else {"max_new_tokens": 128, "do_sample": False}
-    if own is not None:
-        chosen = choose_examples(reports[0], own)[0]
+    if own:
+        chosen, used = choose_examples(reports[0], own[0])[0], own[0]["generation"]
         prompt, example = chosen["prompt"], quote(chosen["response"])
-        generation = {name: own["generation"][name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
+        generation = {name: used[name] for name in ("max_new_tokens", "num_beams")} | {"do_sample": False}
         unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
         generation = {name: value for name, value in generation.items() if value != unsaid.get(name)}
     model = json.dumps(model)
@@ -62,9 +62,9 @@ def describe_use(
     return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
 
 
-def choose_examples(report: str, own: dict[str, Any], number: int = 1) -> list[dict[str, str]]:
+def choose_examples(path: str, report: dict[str, Any], number: int = 1) -> list[dict[str, str]]:
     """Rows of the evaluation's texts, from the first on; those with a short prompt and a response if there are any."""
-    texts = read_texts(report, own["data"]["examples"])
+    texts = read_texts(path, report["data"]["examples"])
     short = [row for row in texts if len(str(row["prompt"])) <= 300 and row["response"].strip()] or texts
     return short[:: -(-len(short) // number)]
 
@@ -147,26 +147,32 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
     )
 
 
-def describe_results(name: str, reports: list[str], own: dict | None) -> dict[str, Any]:
+def describe_results(name: str, reports: list[str], own: list[dict]) -> dict[str, Any]:
     """The scores, under the model's name, beside those of other reports, how they were made, what shuffling did."""
-    if own is None:
+    if not own:
         return {"scores": None}
-    shuffled = own.get("shuffled_states")
-    signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in own["scores"].items())
+    first, batch_size = own[0], own[0]["speed"]["batch_size"]
+    signatures = "; ".join(f"{METRICS[name]} `{score['signature']}`" for name, score in first["scores"].items())
     return {
         "scores": compare_reports(reports, name),
         "signatures": f"Signatures: {signatures}.",
-        "evaluation": own["data"],
-        "data_name": f"`{data_name(own['data']['source'])}`",
-        "generation": f"{describe_decoding(own)}, at most {own['generation']['max_new_tokens']} tokens, batches of "
-        f"{own['speed']['batch_size']} on {processor(own['machine'])}",
-        "shuffled_states": shuffled
-        and (
-            f"With the LLM's states of other prompts in place of its own, the loss per response token is "
-            f"{shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f}"
-            f"{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}."
-        ),
+        "split": first["data"]["split"],
+        "data_name": f"`{data_name(first['data']['source'])}`",
+        "fingerprints": ", ".join(f"`{report['data']['fingerprint']}`" for report in own),
+        "generation": f"{describe_decoding(first)}, at most {first['generation']['max_new_tokens']} tokens, batches "
+        f"of {batch_size} on {processor(first['machine'])}",
+        "shuffled_states": " ".join(describe_shuffled(report) for report in own if report.get("shuffled_states")),
     }
+
+
+def describe_shuffled(report: dict[str, Any]) -> str:
+    """What the LLM's states of other prompts did to the loss."""
+    shuffled, value = report["shuffled_states"], value_of(report)
+    return (
+        f"With the LLM's states of other prompts in place of its own, the loss per response token"
+        f"{f' of `{value}`' if value else ''} is {shuffled['shuffled_loss']:.3f} instead of {shuffled['loss']:.3f}"
+        f"{describe_increase(shuffled['loss'], shuffled['shuffled_loss'])}."
+    )
 
 
 def describe_decoding(report: dict[str, Any]) -> str:
@@ -238,7 +244,7 @@ def describe_teacher(teacher: dict[str, Any]) -> str:
 
 
 def describe_limits(
-    trained: dict, folder: Path, bases: dict[str, str], own: dict | None, outside: Sequence[dict] = ()
+    trained: dict, folder: Path, bases: dict[str, str], own: list[dict], outside: Sequence[dict] = ()
 ) -> list[str]:
     """What follows from how it was made."""
     from ..training.options import TrainOptions
@@ -250,11 +256,13 @@ def describe_limits(
     measured = "Nothing was measured on other text, nor" if own else "Nothing was measured for this card, nor"
     if outside:
         measured = "Nothing was measured of"
+    values = [f"`{value_of(report)}`" for report in own if value_of(report)]
+    tasks = f"{len(values)} tasks, {', '.join(values)}" if len(values) > 1 else "one task, that of its data"
     longer = "cut" if trained["recipe"].get("truncate") else "left out"
     lines = [
         f"It was trained on prompts of up to {limits['prompt_max_length']} tokens and responses of up to "
         f"{limits['response_max_length']}; longer ones were {longer}.",
-        f"It was trained for one task, that of its data. {measured} how its responses may mislead or harm.",
+        f"It was trained for {tasks}. {measured} how its responses may mislead or harm.",
         *(describe_outside(report, own) for report in outside),
     ]
     if trained["data"]["prompt_format"] and not re.fullmatch(r"\{[^{}]*\}", trained["data"]["prompt_format"]):
@@ -269,11 +277,11 @@ def describe_limits(
     return lines
 
 
-def describe_outside(report: dict[str, Any], own: dict | None) -> str:
-    """The scores on other text, each beside that of the card's own evaluation."""
+def describe_outside(report: dict[str, Any], own: list[dict]) -> str:
+    """The scores on other text, each beside that of the card's own evaluation, if that is one."""
     scores = []
     for name, score in report["scores"].items():
-        known = own and own["scores"].get(name)
+        known = own[0]["scores"].get(name) if len(own) == 1 else None
         in_place_of = f" in place of {known['score']:.1f}" if known else ""
         scores.append(f"{METRICS[name]} {score['score']:.1f}{in_place_of}")
     return (
