@@ -1,0 +1,1 @@
+../../src/llm2slm/arguments_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/beams_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/checkpoint_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/composing_llm2slm.py

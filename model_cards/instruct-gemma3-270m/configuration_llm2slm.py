@@ -1,0 +1,1 @@
+../../src/llm2slm/configuration_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/decoding_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/drafter_llm2slm.py

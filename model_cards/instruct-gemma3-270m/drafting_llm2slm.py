@@ -1,0 +1,1 @@
+../../src/llm2slm/drafting_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/few_rows_llm2slm.py

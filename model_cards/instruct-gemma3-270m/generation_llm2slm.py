@@ -1,0 +1,1 @@
+../../src/llm2slm/generation_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/inputs_llm2slm.py

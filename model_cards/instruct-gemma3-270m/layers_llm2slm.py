@@ -1,0 +1,1 @@
+../../src/llm2slm/layers_llm2slm.py

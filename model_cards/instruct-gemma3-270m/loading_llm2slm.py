@@ -1,0 +1,1 @@
+../../src/llm2slm/loading_llm2slm.py

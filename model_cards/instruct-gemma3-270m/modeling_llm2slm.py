@@ -1,0 +1,1 @@
+../../src/llm2slm/modeling_llm2slm.py

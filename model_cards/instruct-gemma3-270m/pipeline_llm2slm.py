@@ -1,0 +1,1 @@
+../../src/llm2slm/pipeline_llm2slm.py

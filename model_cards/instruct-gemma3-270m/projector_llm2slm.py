@@ -1,0 +1,1 @@
+../../src/llm2slm/projector_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/tokenization_llm2slm.py

@@ -1,0 +1,1 @@
+../../src/llm2slm/training_llm2slm.py
