@@ -57,18 +57,15 @@ def train(arguments, options: list[str], environment: dict[str, str]) -> dict[st
     """Seconds of the steps and GiB at most, as the training's `run.json` says."""
     with TemporaryDirectory() as folder:
         command = [
-            "llm2slm",
+            Path(sys.executable).with_name("llm2slm"),
             "train",
             "--config",
-            str(RECIPE),
-            "--data",
-            arguments.data,
-            "--llm",
-            arguments.llm,
-            *options,
+            RECIPE,
+            "--output-dir",
+            f"{folder}/run",
         ]
-        command += ["--validation-split", "none", "--eval-strategy", "no", "--output-dir", f"{folder}/run"]
-        command[0] = str(Path(sys.executable).with_name("llm2slm"))
+        command += ["--data", arguments.data, "--llm", arguments.llm, *options]
+        command += ["--validation-split", "none", "--eval-strategy", "no"]
         subprocess.run(command, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL)
         trained = json.loads((Path(folder) / "run" / "run.json").read_text(encoding="utf-8"))["train"]
     return {name: trained[name] for name in ("seconds", "steps", "peak_memory_gib")}
