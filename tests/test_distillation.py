@@ -335,7 +335,7 @@ def test_teachers_of_every_kind_and_one_cache_for_students_of_several_vocabulari
     assert caches() == first == {run["distributions"]}
     assert 0 < run["cut_otherwise"] and 0 < run["tokens_without_distribution"] < run["tokens"]
     assert f"The student cuts {run['cut_otherwise']} of 20 responses into other tokens" in said.out
-    # An encoder-decoder, an adapter, a pair; each has a cache of its own, as has another `teacher_top_k`.
+    # An encoder-decoder, an adapter, a pair; each has a cache of its own, as have another `teacher_top_k` and dtype.
     assert (
         train(recipe, **changes, teacher=None, teacher_top_k=None, arm="llm", output_dir=str(tmp_path / "lora"))
         is None
@@ -346,6 +346,8 @@ def test_teachers_of_every_kind_and_one_cache_for_students_of_several_vocabulari
         assert len(caches()) == number
     assert train(recipe, **changes, teacher_top_k=6, output_dir=str(tmp_path / "more")) is None
     assert len(caches()) == 5
+    assert train(recipe, **changes, teacher_dtype="bfloat16", output_dir=str(tmp_path / "bfloat16")) is None
+    assert len(caches()) == 6 and read_report(tmp_path / "bfloat16")["teacher"]["dtype"] == "bfloat16"
 
 
 def test_the_card_says_who_taught(recipe, tmp_path):

@@ -101,7 +101,7 @@ def likeliest(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Ten
     logits = logits.float()
     everything = logits.logsumexp(dim=1, keepdim=True)
     if not torch.isfinite(everything).all():
-        raise ValueError("The teacher's logits are not finite: load it in another number format.")
+        raise ValueError("The teacher's logits are not finite: load it in another number format (`teacher_dtype`).")
     values, ids = logits.topk(top_k, dim=1)
     # Summed up by itself: as 1 less the others, a small tail would be the rounding of their sum.
     tail = logits.scatter_(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)

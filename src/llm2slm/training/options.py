@@ -111,6 +111,9 @@ class TrainOptions:
     )
     teacher_temperature: float = _option(1.0, "divides the log-probabilities of teacher and student")
     teacher_top_k: int = _option(32, "likeliest tokens of the teacher that are kept; the others count as one")
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "number format the teacher is loaded in; auto: as it is stored"
+    )
     teacher_prompt_format: str | None = _option(
         None,
         "text of a prompt that the teacher reads, made of the columns; as in its training, or --prompt-format, if"

@@ -247,6 +247,7 @@ def _teacher_source(options: TrainOptions, teaching: Teaching) -> dict[str, Any]
         "weight": options.teacher_weight,
         "temperature": options.teacher_temperature,
         "top_k": options.teacher_top_k,
+        "dtype": options.teacher_dtype,
         "prompt_format": teaching.teacher.prompt_format,
         "distributions": teaching.folder.name,
         **teaching.counts,

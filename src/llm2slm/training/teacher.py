@@ -167,7 +167,9 @@ def teach(
 
 def _run(options: TrainOptions, teacher: Teacher, examples: Dataset, student, device: torch.device, cache_dir: Path):
     """The teacher's tokenizer, the cache, the pairs in the teacher's tokens and the places of their distributions."""
-    model, teachers = load_model(teacher.name, device=str(device), trained_llm=teacher.trained_llm)
+    model, teachers = load_model(
+        teacher.name, dtype=options.teacher_dtype, device=str(device), trained_llm=teacher.trained_llm
+    )
     _token_map(teachers, student, teacher.name)
     pairs = _encode(options, teacher, examples, teachers)
     check_positions(
