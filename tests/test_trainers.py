@@ -1,5 +1,10 @@
 """Seq2SeqTrainer and TRL's SFTTrainer train every kind of SLM, and never the LLM."""
 
+import ctypes.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -544,3 +549,32 @@ def test_parameter_groups_of_what_is_no_training():
     for model in (build_llm(), build_model().requires_grad_(False)):
         with pytest.raises(ValueError, match=f"{type(model).__name__} is no LLM-to-SLM model, or nothing of it"):
             parameter_groups(model, learning_rate=1e-3, projector_learning_rate=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+FREED = """
+from llm2slm.utils import give_back_freed_memory, resident_bytes
+
+size = 4000
+blocks = [b"x" * size for _ in range(50_000)]  # 200 MB
+kept = blocks[::100]
+del blocks
+before = resident_bytes("VmRSS")
+give_back_freed_memory()
+print(before - resident_bytes("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's and /proc")
+@pytest.mark.parametrize("allocator", ["glibc", "jemalloc"])
+def test_freed_memory_goes_back_to_the_system(allocator):
+    environment = {**os.environ}
+    if allocator == "jemalloc":
+        library = ctypes.util.find_library("jemalloc")
+        if library is None:
+            pytest.skip("jemalloc is not installed")
+        kept_by_it = "narenas:1,dirty_decay_ms:-1,muzzy_decay_ms:-1"  # for good, unless it is asked
+        environment |= {"LD_PRELOAD": library, "MALLOC_CONF": kept_by_it}
+    done = subprocess.run([sys.executable, "-c", FREED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100 * 2**20

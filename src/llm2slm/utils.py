@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 PACKAGES = ("llm-to-slm", "transformers", "torch", "datasets", "accelerate", "peft")  # that a result depends on
+JEMALLOC_PURGE = b"arena.4096.purge"  # of all arenas (MALLCTL_ARENAS_ALL): https://jemalloc.net/jemalloc.3.html
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -254,9 +255,13 @@ def reset_peak() -> bool:
 
 def give_back_freed_memory() -> None:
     """
-    Returns freed memory to the system, where that is asked of the C library. Batches of ever other sizes leave holes
-    between the blocks in use: a long training on the CPU would come to hold several times what it needs.
+    Returns freed memory to the system: glibc's or jemalloc's, if that is in its place. Batches of ever other sizes
+    leave holes between the blocks in use: a long training on the CPU would come to hold several times what it needs.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    if os.name != "posix":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallctl"):
+        library.mallctl(JEMALLOC_PURGE, None, None, None, ctypes.c_size_t(0))
+    elif hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
