@@ -242,6 +242,7 @@ def test_beams_part_of_the_data_and_some_metrics(kind, folders, data, tmp_path):
     assert [row["prompt"] for row in texts] == PROMPTS[::2]
     assert [row["response"] for row in texts] == responses[::2]
     assert list(report["scores"]) == ["chrf", "exact_match"] and report["generation"]["num_beams"] == 3
+    assert report["system"] == f"{kind}, 3 beams"
 
 
 def test_an_adapter_of_an_llm2slm_checkpoint(folders, data, tmp_path):

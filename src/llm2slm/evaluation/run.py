@@ -125,7 +125,7 @@ def evaluate(
         references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
         responses, measured = measure(loaded, tokenizer, *rows[value], batch_size, max_new_tokens, num_beams)
         report = {
-            "system": system_name(model, few_shot) + (f", {value}" if by else ""),
+            "system": system_name(model, few_shot, num_beams) + (f", {value}" if by else ""),
             "model": model,
             "data": {
                 "source": pairs.recorded_source(data),
@@ -208,10 +208,11 @@ def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -
     )
 
 
-def system_name(model: str, few_shot: int | None) -> str:
-    """What the report calls the model: its folder's name, or its name on the Hub, and the number of shots."""
+def system_name(model: str, few_shot: int | None, num_beams: int) -> str:
+    """What the report calls the model: its folder's name, or its name on the Hub; how many shots, how many beams."""
     name = Path(model).resolve().name if os.path.exists(model) else model
-    return f"{name}, {few_shot}-shot" if few_shot else name
+    name += f", {few_shot}-shot" if few_shot else ""
+    return name + (f", {num_beams} beams" if num_beams > 1 else "")
 
 
 def make_rows(
