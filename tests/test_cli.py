@@ -22,6 +22,7 @@ from conftest import run_fresh
 from pyarrow import parquet, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -35,7 +36,8 @@ from llm2slm.benchmark.random_models import SIZES
 from llm2slm.cli import generate
 from llm2slm.cli import main as cli
 from llm2slm.cli.options import option, read_recipe
-from llm2slm.serving import offline
+from llm2slm.serving import offline, vllm_offline
+from llm2slm.serving.response_text import end_tokens
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
@@ -805,6 +807,36 @@ def test_bad_prompts_are_one_line_before_anything_is_loaded(name, text, message,
 )
 def test_bad_generate_options_are_one_line(argv, message, capsys):
     assert_one_line_error(capsys, ["generate", "--model", "./none", *argv], message)
+
+
+def test_vllm_ends_a_response_where_generate_does(checkpoints, tmp_path):
+    """Also where the pair's own generation config says no end: it is the SLM's then."""
+    model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoints["llama"])
+    model.generation_config = GenerationConfig(max_new_tokens=30)
+    model.save_pretrained(tmp_path / "pair")
+    own = vllm_offline._generation_config(str(tmp_path / "pair"), None, model.config)
+    ends = vllm_offline.sampling_params(own, vllm_offline.Choice())["stop_token_ids"]
+    model = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "pair")
+    assert model.generation_config.eos_token_id is None and ends == end_tokens(model) != []
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"guidance_scale": 1.5},
+        {"max_time": 2.0},
+        {"exponential_decay_length_penalty": (5, 1.1)},
+        {"encoder_repetition_penalty": 1.2},
+        {"watermarking_config": {"bias": 2.0}},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_vllm_does_not_do_is_refused(asked):
+    with pytest.raises(ValueError, match=f"says `{next(iter(asked))}`.*which --engine vllm does not do"):
+        vllm_offline.sampling_params(GenerationConfig(**asked), vllm_offline.Choice())
+    off = dict.fromkeys(["guidance_scale", "encoder_repetition_penalty"], 1.0)
+    assert vllm_offline.sampling_params(GenerationConfig(**off), vllm_offline.Choice())["temperature"] == 0.0
 
 
 def test_wrong_models_and_long_prompts_are_one_line(checkpoints, capsys):

@@ -243,6 +243,26 @@ def test_it_is_as_long_as_asked_for(kind, tolerance, max_new_tokens):
         assert ids.shape == (1, max_new_tokens + (kind == "t5"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_length_is_that_of_the_call_then_the_llms_then_the_pairs(kind):
+    llm = endless(build_llm(kind))
+    model = build_copying_drafter(llm, noise=0.1)
+    start = int(kind == "t5")
+
+    def length(**arguments) -> int:
+        return model.generate(PROMPT, llm=llm, tolerance=0.9, **arguments).shape[1] - start
+
+    model.generation_config.max_new_tokens = 23
+    assert length() == 23
+    model.generation_config.update(max_new_tokens=None, max_length=24 + start)
+    assert length() == 24
+    llm.generation_config.max_new_tokens = 12
+    assert length() == 12
+    assert length(max_length=5 + start) == length(max_new_tokens=5) == 5
+    twelve = GenerationConfig(max_new_tokens=12)
+    assert length(generation_config=twelve) == 12 and length(generation_config=twelve, max_length=5 + start) == 5
+
+
 @pytest.mark.parametrize("tolerance", [0.4, 0.9, 1])
 def test_it_ends_with_the_end_token_and_where_a_criterion_says(llm, noisy, tolerance):
     arguments = {"llm": llm, "tolerance": tolerance, "max_new_tokens": 30, **VARIED}

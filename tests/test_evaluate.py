@@ -383,6 +383,10 @@ def test_a_part_of_a_file_is_refused_to_a_model_that_learned_from_other_rows_of_
     assert report["data"]["parts"] == sizes and report["data"]["examples"] == sizes["test"]
     assert {row["prompt"] for row in texts} == set(load_pairs(path, "test")["prompt"])
     assert f"{sizes['test']} to test" in capsys.readouterr().out
+    evaluate(*options, "--prompt-format", "Say {prompt}", "--output", tmp_path / "same.json")  # of the same column
+    other = [*options, "--output", tmp_path / "other.json", "--prompt-format"]
+    capsys.readouterr()
+    assert_one_line_error(capsys, [*other, "{prompt} {completion}"], "by a hash of prompt;", "of completion, prompt")
 
 
 @pytest.mark.parametrize(
@@ -437,6 +441,12 @@ def test_examples_and_instruction_become_text_without_a_chat_template():
     prompts = few_shot_prompts(["w1\n"], SHOTS, "Say it.", build_slm_tokenizer())
     assert prompts == ["Say it.\n\nw10\nw11\n\nw12\nw13\n\nw1\n"]
     assert few_shot_prompts(["w1"], SHOTS[:1], None, build_slm_tokenizer()) == ["w10\nw11\n\nw1\n"]
+
+
+def test_a_pair_that_is_evaluated_is_not_shown_solved(folders, data, tmp_path, capsys):
+    options = ["--model", folders["llm"], "--data", data, "--few-shot", 2, "--output", tmp_path / "report.json"]
+    assert_one_line_error(capsys, [*options, "--split", "train"], "2 of the 2 solved examples", "--few-shot-split")
+    assert not list(tmp_path.iterdir())
 
 
 def test_few_shot_prompts_are_what_the_model_reads(folders, data, tmp_path):

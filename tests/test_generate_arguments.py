@@ -634,7 +634,7 @@ def test_lossless_mode_refuses_what_it_cannot_honour(lossless, name, value):
 )
 def test_lossless_mode_names_what_it_does_not_take(lossless, name):
     model, llm = lossless
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(ValueError, match=name):
         model.generate_lossless(PROMPT["input_ids"][1:2], llm=llm, **{name: IDS})
 
 
@@ -652,3 +652,8 @@ def test_the_table_lists_every_option_with_a_test_that_exists():
         assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{module}::{test}"
     for name, meaning, *_ in rows:
         assert (meaning == "refused") == (name in REFUSED or name in AT_THE_DOOR), name
+
+
+def test_a_beginning_must_be_a_tensor(model):
+    with pytest.raises(TypeError, match="`decoder_input_ids` must be a `torch.Tensor`, got list"):
+        model.generate(**PROMPT, **GREEDY, decoder_input_ids=BEGUN.tolist())

@@ -314,3 +314,26 @@ def test_instructions_and_chats_do_not_mix(folders, tmp_path, capsys):
     assert "for prompts that are strings, not chats" in capsys.readouterr().err
     assert run("--llm", folders["plain"], *options) == 2
     assert "there is no chat template to read them with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (["w1", "w2"], "Row 0: the `prompt` must be text or a list of messages"),
+        ([{"role": "user", "content": None}], "a message of the `prompt` lacks a `role` or text"),
+        ([{"role": "user", "content": ""}], "row 0: the prompt is empty"),
+    ],
+)
+def test_chats_that_are_none_are_refused(prompt, message, folders, tmp_path, capsys):
+    Dataset.from_dict({"prompt": [prompt]}).save_to_disk(tmp_path / "data")
+    assert run("--llm", folders["chat"], "--data", tmp_path / "data", "--output", tmp_path / "labelled") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_are_labelled_once(folders, data, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    options = ["--llm", folders["chat"], "--output", tmp_path / "labelled"]
+    for source, splits in ((data, ["train", "train"]), (file, ["all", "train"])):
+        assert run(*options, "--data", source, "--split", *splits) == 2
+        assert f"rows of {', '.join(splits)} would be labelled twice" in capsys.readouterr().err

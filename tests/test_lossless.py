@@ -406,8 +406,11 @@ def test_refuses_what_would_not_be_exact(llm, noisy, arguments, message):
 
 
 def test_refuses_arguments_it_does_not_know(llm, noisy):
-    with pytest.raises(TypeError, match=r"unexpected arguments: \['max_new_token', 'prompt_embeds'\]"):
+    with pytest.raises(ValueError, match=r"unexpected arguments: \['max_new_token', 'prompt_embeds'\]"):
         noisy.generate_lossless(PROMPT, llm=llm, max_new_token=4, prompt_embeds=torch.zeros(1, 2, 24))
+    nothing = {"decoder_input_ids": None, "labels": None, "past_key_values": None, "synced_gpus": False}
+    expected = noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=4)
+    assert noisy.generate_lossless(PROMPT, llm=llm, max_new_tokens=4, **nothing).sequences.equal(expected.sequences)
 
 
 def test_refuses_an_llm_that_cannot_write(llm, noisy):

@@ -179,7 +179,7 @@ def test_chats_are_kept(tmp_path):
     }
     Dataset.from_list([row]).save_to_disk(tmp_path / "chats")
     assert load_pairs(tmp_path / "chats", "train").to_list() == [row]
-    with pytest.raises(ValueError, match="takes text from the column 'prompt'"):
+    with pytest.raises(ValueError, match="takes text from 'prompt'"):
         load_pairs(tmp_path / "chats", "train", prompt_format="{prompt}")
 
 
@@ -210,17 +210,38 @@ def test_what_the_data_lacks_is_said(folder, arguments, message):
         load_pairs(folder, **{"split": "test", **arguments})
 
 
-@pytest.mark.parametrize("value", [None, 3])
-def test_what_is_no_text_is_refused(value, tmp_path):
-    Dataset.from_dict({"prompt": ["a", "b"], "completion": [value, value]}).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match=f"row 0: the column 'completion' must be a string .* got {value}"):
+def test_what_is_no_text_is_refused(tmp_path):
+    Dataset.from_dict({"prompt": ["a", "b"], "completion": [3, 3]}).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="row 0: the column 'completion' must be a string .* got 3"):
         load_pairs(tmp_path / "data", "train")
 
 
-def test_a_missing_value_is_not_the_text_none(tmp_path):
-    Dataset.from_dict({"prompt": ["a"], "completion": [None]}).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match="takes text from the column 'completion', got None"):
-        load_pairs(tmp_path / "data", "train", completion_format="{completion}!")
+@pytest.mark.parametrize("text_format", [None, "{completion}!", "{name[de]}!", "{missing[de]}", "{name[de]} {prompt}"])
+def test_a_missing_value_is_refused_or_an_empty_text_and_not_the_text_none(text_format, tmp_path):
+    rows = [
+        {"prompt": "a", "completion": "b", "name": {"de": "c"}, "missing": {"de": "d"}},
+        {"prompt": "a", "completion": None, "name": {"de": None}, "missing": None},
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    arguments = {"source": tmp_path / "data", "split": "train", "completion_format": text_format}
+    with pytest.raises(ValueError, match="row 1: .*got None"):
+        load_pairs(**arguments)
+    there, missing = load_pairs(**arguments, missing_is_empty=True)["completion"][:]
+    assert there and missing == ""
+
+
+def test_a_missing_chat_has_no_messages(tmp_path):
+    chat = [{"role": "user", "content": "a"}]
+    Dataset.from_dict({"prompt": [chat, None], "completion": ["b", "c"]}).save_to_disk(tmp_path / "data")
+    assert load_pairs(tmp_path / "data", "train", missing_is_empty=True)["prompt"][:] == [chat, []]
+
+
+@pytest.mark.parametrize("first", ["Hello, world,Salve mondo", "a,b,c,d", "a,b,"])
+def test_a_csv_whose_first_row_has_more_cells_than_names_is_refused(first, tmp_path):
+    """Pandas would take the first cells as names of the rows, and move all texts."""
+    (tmp_path / "pairs.csv").write_text(f"prompt,completion\n{first}\nBye,Addio\n")
+    with pytest.raises(ValueError, match="more cells than the first line has names.*between double quotes"):
+        load_pairs(tmp_path / "pairs.csv", "all")
 
 
 def test_no_rows_are_refused(tmp_path):

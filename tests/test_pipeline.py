@@ -1,5 +1,6 @@
 """The text2text-generation task: in process on both major versions, and from a checkpoint's own files."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_llm, build_model, build_slm_tokenizer
@@ -104,6 +105,24 @@ def test_generators_and_data_sets_are_streamed(generate, expected):
     data = Dataset.from_dict({"prompt": TEXTS})
     assert list(generate(KeyDataset(data, "prompt"), **LENGTH)) == responses
     assert list(generate(KeyDataset(data, "prompt"), batch_size=2, **LENGTH)) == responses
+
+
+def test_whatever_else_holds_texts_is_a_list_of_them(generate):
+    several = generate(list(TEXTS), **LENGTH)
+    assert generate(Dataset.from_dict({"prompt": TEXTS})["prompt"], **LENGTH) == several
+    assert generate(tuple(TEXTS), **LENGTH) == generate(np.array(TEXTS), **LENGTH) == several
+    assert generate([], **LENGTH) == generate((), **LENGTH) == []
+
+
+@pytest.mark.parametrize("none", [None, 3, {"prompt": "w1"}, [3], [["w1", "w2"]], [{"prompt": "w1"}]])
+def test_what_is_no_prompt_is_refused_in_words(generate, none):
+    with pytest.raises(TypeError, match="A prompt must be a string, or a chat"):
+        generate(none, **LENGTH)
+
+
+def test_the_llms_ids_are_not_decoded_with_the_slms_tokenizer(generate, model):
+    with pytest.raises(ValueError, match="the ids of a response are the LLM's"):
+        generate(TEXTS[0], llm=model.llm, **LENGTH)
 
 
 def test_several_responses_to_each_text(generate):

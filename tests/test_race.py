@@ -214,6 +214,8 @@ def test_a_card_gives_its_prompts_and_scores(tmp_path):
     assert card.figures == [Figure("verses, test", "BLEU", "38.02"), Figure("verses, test", "chrF", "55.75")]
     (tmp_path / "README.md").write_text('# A pair\n```python\nprompt = "And \\"he\\" said."\nprint(prompt)\n```\n')
     assert read_card(str(tmp_path)).prompts == ['And "he" said.'] and not read_card(str(tmp_path)).figures
+    (tmp_path / "README.md").write_text('# A pair\nprompt = "changed, " "by hand"\nprompt = "as it was"\n')
+    assert read_card(str(tmp_path)).prompts == ["as it was"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

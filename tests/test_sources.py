@@ -80,11 +80,11 @@ def test_each_token_counts_as_its_source_says(train, files, weight, arm):
 
 
 def test_prompts_that_are_evaluated_on_are_left_out(train, files, tmp_path, capsys):
-    pairs = [*LABELLED, {"prompt": f"  {GOLD[4]['prompt']} ", "completion": "x"}]
-    more = write(tmp_path / "more.jsonl", pairs)
+    same = [f"  {GOLD[4]['prompt'].upper()}. ", GOLD[5]["prompt"]]  # the same words, and the same
+    more = write(tmp_path / "more.jsonl", [*LABELLED, *({"prompt": prompt, "completion": "x"} for prompt in same)])
     splits = {"train_split": "train[:4]", "validation_split": "train[4:]", "eval_strategy": "steps", "eval_steps": 1}
     report = train("run", **splits, more_data=[more])
-    assert "1 of 5 prompts are evaluated on, and are left out" in capsys.readouterr().out
+    assert "2 of 6 prompts are evaluated on, and are left out" in capsys.readouterr().out
     assert list(report["data"]["more"].values()) == [4] and report["data"]["train_pairs"] == 8
 
 
@@ -131,6 +131,31 @@ def test_texts_of_another_width_are_learned_beside_each_other(train, tmp_path):
     Dataset.from_list(LABELLED, features=wide).to_parquet(tmp_path / "more.parquet")
     report = train("run", more_data=[str(tmp_path / "more.parquet")])
     assert report["data"]["train_pairs"] == len(GOLD) + len(LABELLED)
+
+
+def test_prompts_that_its_own_pairs_teach_are_kept(train, tmp_path, capsys):
+    gold = write(tmp_path / "gold.jsonl", [{"prompt": f"gold {i}", "completion": "a"} for i in range(40)])
+    more = write(tmp_path / "more.jsonl", [{"prompt": f"gold {i}", "completion": "b"} for i in range(40)])
+    report = train("run", data=gold, more_data=[more])  # all rows are learned from: nothing is held out
+    assert report["data"]["train_pairs"] == 80 and "left out" not in capsys.readouterr().out
+
+
+def test_chats_of_other_keys_and_texts_as_answers_are_learned_beside_each_other(tmp_path):
+    def chat(number: int, **more) -> list[dict]:
+        return [{"role": "user", "content": f"w{number}", **more}]
+
+    first = [{"prompt": chat(i), "completion": "a"} for i in range(3)]
+    more = [{"prompt": chat(9, name="x"), "completion": [{"role": "assistant", "content": "b"}]}]
+    for name, own, others in (("one", first, more), ("two", more, first)):
+        for part, rows in (("own", own), ("others", others)):
+            Dataset.from_list(rows).save_to_disk(tmp_path / name / part)
+        sources = {"data": str(tmp_path / name / "own"), "more_data": [str(tmp_path / name / "others")]}
+        options = TrainOptions(llm="llm", slm="slm", **sources)
+        pairs, _ = add_sources(options, None, load_pairs(options.data, "train"))
+        assert pairs.to_list()[: len(own)] == [{**row, "token_weight": 1.0} for row in own]
+        *_, last = pairs.to_list()
+        assert last["prompt"][0]["content"] == others[-1]["prompt"][0]["content"]
+        assert last["completion"] == ("b" if name == "one" else [{"role": "assistant", "content": "a"}])
 
 
 def test_a_teacher_reads_both_sources(train, files):

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
-from llm2slm.data.pairs import format_of_text
+from llm2slm.cli import main as cli
+from llm2slm.data.pairs import format_of_text, without_empty
 from llm2slm.training import record, setup
 from llm2slm.training.options import TrainOptions
 from llm2slm.training.record import plot_losses
@@ -247,20 +248,17 @@ def test_the_arms_learn_from_the_same_pairs(recipe, files, tmp_path):
 
 @torch.no_grad()
 def eval_loss(model, tokenizer, files) -> float:
-    """As the Trainer's evaluation has it: the mean over batches of eight of a response token's loss."""
+    """The mean loss of a token over all responses; the Trainer evaluates them in two batches, one of them not full."""
     two_sided = LLM2SLMTokenizer.from_tokenizers(tokenizer, tokenizer)
     pairs = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()][48:]
-    losses = []
-    for batch in (pairs[:8], pairs[8:]):
-        rows = [two_sided(pair["prompt"], text_target=pair["completion"]) for pair in batch]
-        total = count = 0
-        for row in rows:
-            ids = torch.tensor([row["input_ids"] + row["labels"]])
-            scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            scores = scores.gather(1, ids[0, 1:, None])[-len(row["labels"]) :]
-            total, count = total - scores.sum().item(), count + len(scores)
-        losses.append(total / count)
-    return sum(losses) / len(losses)
+    assert len(pairs) % 8
+    total = count = 0
+    for row in (two_sided(pair["prompt"], text_target=pair["completion"]) for pair in pairs):
+        ids = torch.tensor([row["input_ids"] + row["labels"]])
+        scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        scores = scores.gather(1, ids[0, 1:, None])[-len(row["labels"]) :]
+        total, count = total - scores.sum().item(), count + len(scores)
+    return total / count
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma3"])
@@ -486,6 +484,14 @@ def test_pairs_with_an_empty_side_are_left_out_if_asked_for(recipe, tmp_path, ca
     assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "second")) is None
     assert "3 of 12 pairs have an empty side" in capsys.readouterr().out
     assert report({**recipe, "output_dir": str(tmp_path / "second")})["data"]["train_pairs"] == 9
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "w1", "completion": None}) + "\n")
+    assert train(recipe, **changes, skip_empty=True, output_dir=str(tmp_path / "third")) is None
+    assert "4 of 13 pairs have an empty side" in capsys.readouterr().out
+    # What it leaves out an evaluation leaves out too.
+    options = ["--data", path, "--split", "all", "--max-new-tokens", 4, "--output", tmp_path / "report.json"]
+    assert cli.main(["evaluate", "--model", str(tmp_path / "third"), *map(str, options)]) is None
+    assert json.loads((tmp_path / "report.json").read_text())["data"]["examples"] == 9
 
 
 def test_chats_with_an_empty_side_are_left_out_too():
@@ -494,9 +500,9 @@ def test_chats_with_an_empty_side_are_left_out_too():
 
     sides = [("a", "b"), (None, "b"), ("a", None), (" ", "b"), ("a", "")]
     rows = Dataset.from_list([{"prompt": chat("user", p), "completion": chat("assistant", c)} for p, c in sides])
-    assert setup._without_empty(rows, "train", skip=True).to_list() == rows.select([0]).to_list()
+    assert without_empty(rows, "train", skip=True).to_list() == rows.select([0]).to_list()
     with pytest.raises(ValueError, match="4 of 5 pairs have an empty side"):
-        setup._without_empty(rows, "train", skip=False)
+        without_empty(rows, "train", skip=False)
 
 
 def test_a_tied_head_is_no_missing_key_of_the_best_checkpoint(recipe, monkeypatch):
@@ -647,6 +653,21 @@ def test_a_folder_of_another_training_is_left_alone(recipe, tmp_path, capsys):
 def test_a_full_disk_is_told_before_the_first_step(recipe, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
     assert_refused(capsys, recipe, "The checkpoints of this training need", "has 0.00 GiB free", cache_features=False)
+
+
+def test_the_checkpoints_of_an_interrupted_training_are_room_for_its_next(recipe, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr("llm2slm.training.run.finish", stop)
+        assert train(recipe) == 130
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
+    new = {**recipe, "output_dir": str(tmp_path / "new")}
+    assert_refused(capsys, new, "The checkpoints of this training need")
+    assert train(recipe, save_total_limit=1) is None
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_secrets_are_not_written(recipe, tmp_path):

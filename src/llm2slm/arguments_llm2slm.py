@@ -25,7 +25,7 @@ from transformers.generation import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
-from .inputs_llm2slm import CACHE, CACHE_NAMES
+from .inputs_llm2slm import CACHE, CACHE_NAMES, check_tensor
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -162,6 +162,7 @@ def take_beginning(
         if mask is not None:
             raise ValueError("`decoder_attention_mask` is the mask of `decoder_input_ids`: pass both or neither.")
         return None
+    check_tensor("decoder_input_ids", ids)
     if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
         raise ValueError(
             "`decoder_input_ids` must be integers of shape (batch_size, length), the beginning of each response, got "

@@ -330,7 +330,11 @@ class CompiledStep:
                     logits = self.compiled.step(self.slm, self.inputs)
                     if self.prompt_ids.device.type == "cpu":
                         self.unguarded = _latest_code(self.compiled.function)
+                    else:  # a CUDA graph writes its next ones into the same memory, for whatever thread
+                        logits = logits.clone()
                 return logits
+            except torch.OutOfMemoryError:  # no fault of the step: the next response may have room
+                raise
             except Exception as error:  # one that is not about compiling comes again below
                 self.compiled.failed = True
                 logger.warning_once(

@@ -157,7 +157,7 @@ class LosslessGenerationMixin(GenerationMixin):
         ask_below = 1 - tolerance if ask_below is None else ask_below
         _check_share("ask_below", ask_below)
         dial = Dial(tolerance, 0.0 if tolerance == 1 else ask_below, max_draft_tokens, draft_confidence, fast)
-        arguments = _arguments_of(generation_config, kwargs)
+        arguments = _with_length(_arguments_of(generation_config, kwargs), llm, self.generation_config)
         output = self._generate_with_llm(llm, input_ids, attention_mask, arguments, dial)
         return output if arguments.get("return_dict_in_generate") else output.sequences
 
@@ -289,17 +289,32 @@ _CALL = (
 
 
 def _arguments_of(generation_config, kwargs) -> dict[str, Any]:
-    """What the caller asked for."""
+    """What the caller asked for. An argument is more than the config; `max_length` is the one length then."""
     arguments = {} if generation_config is None else generation_config.to_diff_dict()
     arguments.pop("transformers_version", None)
+    if kwargs.get("max_length") is not None:
+        arguments["max_new_tokens"] = None
     return arguments | kwargs
+
+
+def _with_length(arguments, llm, own: GenerationConfig) -> dict[str, Any]:
+    """What the caller asked for, with the pair's own length where neither that nor the LLM says one."""
+    names = ("max_new_tokens", "max_length")
+    llms = getattr(llm, "generation_config", GenerationConfig())
+    silent = llms.max_new_tokens is None and llms.max_length in (None, GenerationConfig().max_length)
+    if silent and all(arguments.get(name) is None for name in names):
+        said = {name: getattr(own, name) for name in names}
+        return arguments | {name: length for name, length in said.items() if length is not None}
+    return arguments
 
 
 def _generate_arguments(arguments, dial, own: GenerationConfig) -> dict[str, Any]:
     """What `llm.generate` is called with, from what the caller asked for and, where that is silent, the LLM's own."""
     known = {*vars(GenerationConfig()), *_ONE_RESPONSE, *_OWN_LOOP, *_CALL}
-    if unknown := sorted(set(arguments) - known):
-        raise TypeError(f"Drafting for `llm` got unexpected arguments: {unknown}.")
+    asked_for = (name for name, value in arguments.items() if value is not None and value is not False)
+    if unknown := sorted(set(asked_for) - known):
+        raise ValueError(f"Drafting for `llm` got unexpected arguments: {unknown}.")
+    arguments = {name: value for name, value in arguments.items() if name in known}
     if asked := _other_than(_ONE_RESPONSE, arguments):
         raise ValueError(f"Drafting for `llm` writes one response and returns its ids and counts; got {asked}.")
     if asked := _other_than(_OWN_LOOP, arguments):
@@ -329,6 +344,8 @@ def _generate_arguments(arguments, dial, own: GenerationConfig) -> dict[str, Any
     left_out = {*_ONE_RESPONSE, *_OWN_LOOP, "tokenizer"}
     arguments = {name: value for name, value in arguments.items() if name not in left_out}
     arguments |= {"do_sample": do_sample, "num_beams": 1, "num_return_sequences": 1}
+    if arguments.get("max_length") is not None:
+        arguments.setdefault("max_new_tokens", None)  # or that of the LLM's config would be the length
     # The loop below has a cache of its own, which can be cropped whatever the LLM's windows are.
     return arguments | {"use_cache": False, "cache_implementation": None}
 

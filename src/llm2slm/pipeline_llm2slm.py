@@ -1,8 +1,12 @@
 """The text2text-generation pipeline, which Transformers 5 removed and an LLM-to-SLM checkpoint brings back.
 
-One of the files copied into every checkpoint: it imports nothing but transformers, and works on both 4.x and 5.x.
+One of the files copied into every checkpoint: it imports nothing but torch and transformers, and works on both 4.x and
+5.x.
 """
 
+from collections.abc import Generator, Iterable
+
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 
@@ -22,7 +26,7 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
     messages, put through the LLM's chat template), lists of chats, or anything that iterates over them. Every other
     argument is one of `generate`, whose defaults are the checkpoint's generation config, but `truncation` and
     `prompt_max_length` (prompt tokens), `chat_template_kwargs`, `return_tensors` (ids instead of text) and
-    `clean_up_tokenization_spaces`.
+    `clean_up_tokenization_spaces`. It has no `llm`: what `generate` then returns are the LLM's ids.
     """
 
     _load_tokenizer = True
@@ -39,6 +43,11 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         clean_up_tokenization_spaces=None,
         **generate_kwargs,
     ):
+        if generate_kwargs.get("llm") is not None:
+            raise ValueError(
+                "With `llm` the ids of a response are the LLM's, which this pipeline cannot decode: call "
+                "`model.generate`, and decode with the LLM's tokenizer."
+            )
         preprocess = {
             "truncation": truncation,
             "max_length": prompt_max_length,
@@ -58,6 +67,10 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
         """
         if isinstance(inputs, (list, tuple)) and inputs and _is_message(inputs[0]):
             return super().__call__([list(inputs)], **kwargs)[0]  # one chat
+        if isinstance(inputs, Iterable) and not isinstance(inputs, (str, dict, list, Generator, Dataset)):
+            inputs = list(inputs)  # Transformers would take a tuple, an array or a data set's column for one prompt
+        if isinstance(inputs, list) and not inputs:
+            return []
         outputs = super().__call__(inputs, **kwargs)
         # The built-in task of Transformers 4 flattens a list of strings, and evaluate relies on it.
         strings = isinstance(inputs, list) and all(isinstance(text, str) for text in inputs)
@@ -72,6 +85,11 @@ class LLM2SLMText2TextGenerationPipeline(Pipeline):
                 raise ValueError("The prompt is empty.")
         else:  # a chat: a list of messages, or the Chat that Transformers 5 wraps around it
             messages = getattr(inputs, "messages", inputs)
+            if not isinstance(messages, (list, tuple)) or not messages or not all(map(_is_message, messages)):
+                raise TypeError(
+                    "A prompt must be a string, or a chat: a list of messages with `role` and `content`. Got "
+                    f"{type(messages).__name__}: {messages!r:.200}."
+                )
             inputs = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
             )

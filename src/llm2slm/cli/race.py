@@ -75,6 +75,7 @@ def run(options: Options, checkpoint: str) -> None:
     from ..serving.race import load_race
     from ..serving.race_page import build_page, launch
 
+    card = read_card(checkpoint, options.revision)
     if "fast" in options.systems or "lossless" in options.systems:
         print("Fast decode is compiled first: a minute or two on a CPU.", file=sys.stderr)
     race = load_race(
@@ -89,4 +90,4 @@ def run(options: Options, checkpoint: str) -> None:
         options.max_new_tokens,
     )
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    launch(build_page(race, name, read_card(checkpoint, options.revision)), options.host, options.port)
+    launch(build_page(race, name, card), options.host, options.port)

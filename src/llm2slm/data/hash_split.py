@@ -26,9 +26,14 @@ def position(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") / 2**256
 
 
+def words_of(prompt: str) -> str:
+    """What tells a prompt from others: its normalized words, or its characters if it has no words."""
+    return " ".join(normalize(prompt)) or prompt
+
+
 def prompt_position(prompt: str) -> float:
-    """The position of a prompt by its words, or by its characters if it has no words."""
-    return position(" ".join(normalize(prompt)) or prompt)
+    """The position of a prompt by its words."""
+    return position(words_of(prompt))
 
 
 def split_by_position(positions: Sequence[float]) -> dict[str, list[int]]:

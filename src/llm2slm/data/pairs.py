@@ -1,5 +1,6 @@
 """Pairs of `prompt` and `completion` from a folder, a file or the Hub, and a hash of their texts."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -34,6 +35,7 @@ def load_pairs(
     prompt_format: str | None = None,
     completion_format: str | None = None,
     max_examples: int | None = None,
+    missing_is_empty: bool = False,
 ) -> Dataset:
     r"""
     Loads one split of a data set as prompts and completions.
@@ -52,6 +54,8 @@ def load_pairs(
             wrote are in the column `completion`, and are read from there whatever the format.
         max_examples (`int`, *optional*):
             This many rows, evenly spaced over the split. All if omitted, or if there are no more.
+        missing_is_empty (`bool`, *optional*, defaults to `False`):
+            Whether a text of which a value is missing is empty, rather than refused.
 
     Returns:
         `datasets.Dataset` with the columns `prompt` and `completion`: strings, or lists of messages.
@@ -65,9 +69,10 @@ def load_pairs(
     formats = {"prompt": prompt_format, "completion": completion_format}
     if not has_parts(source, split):
         rows = load_rows(source, split, max_examples)
-        return make_texts(rows, formats, f"{str(source)!r}, split {split!r}")
+        return make_texts(rows, formats, f"{str(source)!r}, split {split!r}", missing_is_empty)
     rows = load_rows(source, "all")
-    pairs = make_texts(rows, formats, f"{str(source)!r}")  # before they are split: errors say the file's own rows
+    # Before they are split: errors say the file's own rows.
+    pairs = make_texts(rows, formats, f"{str(source)!r}", missing_is_empty)
     return spaced(pairs.select(_part(source, rows, split, prompt_format)), max_examples)
 
 
@@ -92,6 +97,7 @@ def load_groups(
     prompt_format: str | None = None,
     completion_format: str | None = None,
     max_examples: int | None = None,
+    missing_is_empty: bool = False,
 ) -> dict[str, Dataset]:
     r"""
     Loads one split as [`load_pairs`] does, the pairs of each value of a column by themselves.
@@ -112,7 +118,7 @@ def load_groups(
     numbers: dict[str, list[int]] = {}
     for number, value in enumerate(rows[column]):
         numbers.setdefault(str(value), []).append(number)
-    dataset = load_pairs(source, split, prompt_format, completion_format)
+    dataset = load_pairs(source, split, prompt_format, completion_format, missing_is_empty=missing_is_empty)
     return {value: spaced(dataset.select(own), max_examples) for value, own in numbers.items()}
 
 
@@ -179,29 +185,34 @@ def _part(source: str | os.PathLike, rows: Dataset, split: str, prompt_format: s
     return part
 
 
+def fields_of(text_format: str | None) -> list[str]:
+    """The fields that a format of prompts names. A file is split by a hash of their texts, and of nothing else."""
+    return sorted({field for _, field, _, _ in Formatter().parse(text_format or "{prompt}") if field})
+
+
 def _parts(rows: Dataset, prompt_format: str | None) -> dict[str, list[int]]:
     columns = ["prompt"] if prompt_format is None else sorted(set(_columns_of("prompt", prompt_format)))
-    fields = sorted({field for _, field, _, _ in Formatter().parse(prompt_format or "{prompt}") if field})
+    fields = fields_of(prompt_format)
 
     def place(row: dict[str, Any]) -> dict[str, float]:
         try:
-            texts = [_plain(Formatter().get_field(field, (), row)[0]) for field in fields]
+            texts = [plain_text(Formatter().get_field(field, (), row)[0]) for field in fields]
         except (LookupError, AttributeError):  # which is an error where texts are made
-            texts = [_plain(row[column]) for column in columns]
+            texts = [plain_text(row[column]) for column in columns]
         return {"position": prompt_position("\n".join(texts))}
 
     found = rows.select_columns(columns).map(place, remove_columns=columns, desc="Hashing prompts")
     return split_by_position(found["position"][:])
 
 
-def _plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """The text of a column's value, which may be messages."""
     if isinstance(value, list):
         return "\n".join(str(part.get("content")) if isinstance(part, dict) else str(part) for part in value)
     return str(value)
 
 
-def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dataset:
+def make_texts(rows: Dataset, formats: dict[str, str | None], where: str, missing_is_empty: bool = False) -> Dataset:
     r"""
     Makes the texts of a data set's columns, as [`load_pairs`] does.
 
@@ -209,14 +220,20 @@ def make_texts(rows: Dataset, formats: dict[str, str | None], where: str) -> Dat
         rows (`datasets.Dataset`): What is read.
         formats (`dict[str, str | None]`): `prompt` or `completion`, or both, and how each is made.
         where (`str`): What errors call the data set.
+        missing_is_empty (`bool`, *optional*, defaults to `False`): As [`load_pairs`] takes it.
 
     Raises:
         ValueError: if a column is missing, or one is not text.
     """
     _check_columns(rows, formats, where)
 
+    def text(name: str, text_format: str | None, row: dict, index: int) -> str | list[dict]:
+        if missing_is_empty and _missing_field(name, text_format, row) is not None:
+            return "" if text_format or isinstance(rows.features[name], Value) else []
+        return _text(name, text_format, row, f"{where}, row {index}")
+
     def texts(row: dict, index: int) -> dict:
-        return {name: _text(name, text_format, row, f"{where}, row {index}") for name, text_format in formats.items()}
+        return {name: text(name, text_format, row, index) for name, text_format in formats.items()}
 
     made = rows.map(texts, with_indices=True, remove_columns=rows.column_names, desc="Reading texts")
     for name, feature in made.features.items():
@@ -274,6 +291,42 @@ def _guess_fields(rows: Dataset, wanted: list[str]) -> dict[str, str]:
         if len(candidates) == len(wanted):
             return dict(zip(wanted, candidates, strict=True))
     return guessed
+
+
+def without_empty(pairs: Dataset, where: str, skip: bool) -> Dataset:
+    r"""
+    The pairs of which neither side is empty.
+
+    Args:
+        pairs (`datasets.Dataset`): With the columns `prompt` and `completion`.
+        where (`str`): What messages call them.
+        skip (`bool`): Whether pairs with an empty side are left out, which one line says.
+
+    Raises:
+        ValueError: if there are such pairs, and they are not left out.
+    """
+
+    def has_both(row: dict[str, Any]) -> bool:
+        return all(_words_of(text).strip() for text in (row["prompt"], row["completion"]))
+
+    kept = pairs.filter(has_both, desc="Looking for empty pairs")
+    if len(kept) == len(pairs):
+        return pairs
+    left_out = f"{where}: {len(pairs) - len(kept):,} of {len(pairs):,} pairs have an empty side"
+    if not skip:
+        first = next(row for row in pairs if not has_both(row))
+        raise ValueError(f"{left_out}, the first is {first}. Mend them, or leave them out with `skip_empty`.")
+    print(f"{left_out} and are left out.")
+    return kept
+
+
+def _words_of(text: str | list[dict[str, Any]]) -> str:
+    if isinstance(text, str):
+        return text
+    # What is no message is refused where they are tokenized.
+    return "".join(
+        str(message.get("content") or "") if isinstance(message, dict) else str(message) for message in text
+    )
 
 
 def format_of_text(prompt_format: str | None) -> str | None:
@@ -337,7 +390,7 @@ def _load_split(source: str, split: str) -> Dataset:
     else:
         (name, _, configuration), files = source.partition(":"), None
     try:
-        return load_dataset(name, configuration or None, data_files=files, split=split, **options)
+        rows = load_dataset(name, configuration or None, data_files=files, split=split, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{source!r} cannot be read: {error.__cause__ or error}") from error
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -345,6 +398,12 @@ def _load_split(source: str, split: str) -> Dataset:
     except ValueError as error:  # of the split or the configuration; it does not say of which data set
         kind = MissingSplitError if "Unknown split" in str(error) else ValueError
         raise kind(f"{source!r}, split {split!r}: {error}") from error
+    if suffix == ".csv" and set(rows.column_names) - options["converters"].keys():
+        raise ValueError(
+            f"{source!r}: the first row has more cells than the first line has names. Put a text with a comma between "
+            'double quotes: "Hello, world".'
+        )
+    return rows
 
 
 def _columns_of(name: str, text_format: str) -> list[str]:
@@ -358,6 +417,18 @@ def _columns_of(name: str, text_format: str) -> list[str]:
     return columns
 
 
+def _missing_field(name: str, text_format: str | None, row: dict) -> str | None:
+    """The first field of a text, or column of one, that has no value; `None` if all have one."""
+    columns = [name] if text_format is None else _columns_of(name, text_format)
+    if missing := [column for column in columns if row[column] is None]:
+        return missing[0]
+    for field in fields_of(text_format) if text_format else ():
+        with contextlib.suppress(LookupError, AttributeError):  # which is an error where texts are made
+            if Formatter().get_field(field, (), row)[0] is None:
+                return field
+    return None
+
+
 def _text(name: str, text_format: str | None, row: dict, where: str) -> str | list[dict]:
     if text_format is None:
         value = row[name]
@@ -367,9 +438,11 @@ def _text(name: str, text_format: str | None, row: dict, where: str) -> str | li
                 f"{where}: the column {name!r} must be a string or a list of messages, got {value!r}.{more}"
             )
         return value
+    if missing := _missing_field(name, text_format, row):
+        raise ValueError(f"{where}: `{name}_format` takes text from {missing!r}, got None.")
     for column in _columns_of(name, text_format):
-        if row[column] is None or isinstance(row[column], list):
-            raise ValueError(f"{where}: `{name}_format` takes text from the column {column!r}, got {row[column]!r}.")
+        if isinstance(row[column], list):
+            raise ValueError(f"{where}: `{name}_format` takes text from {column!r}, got {row[column]!r}.")
     try:
         return text_format.format(**row)
     except (LookupError, AttributeError) as error:

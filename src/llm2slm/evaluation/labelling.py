@@ -91,6 +91,8 @@ def label(
         "top_p": top_p,
         "seed": seed,
     }
+    if len(set(split)) < len(split) or ("all" in split and len(split) > 1 and os.path.isfile(data)):
+        raise ValueError(f"--split: rows of {', '.join(split)} would be labelled twice.")
     if (temperature is not None or top_p is not None) and not do_sample:
         raise ValueError("--temperature and --top-p are about sampling: add --do-sample.")
     output = output.rstrip(os.sep)
@@ -206,7 +208,8 @@ def read_prompts(
         OSError: if there is no such data set.
         ValueError: if it lacks a split or a column, or a prompt is empty or not what the options are for.
     """
-    from ..data.pairs import describe_parts, has_parts, load_rows, make_texts, part_sizes
+    from ..data.collator import check_messages
+    from ..data.pairs import describe_parts, has_parts, load_rows, make_texts, part_sizes, plain_text
 
     if any(has_parts(data, split) for split in splits):
         print(describe_parts(data, part_sizes(data, prompt_format)))
@@ -217,7 +220,12 @@ def read_prompts(
         dataset = load_rows(data, split, max_examples, prompt_format)
         texts = make_texts(dataset, {"prompt": prompt_format}, where)["prompt"][:]
         for number, text in enumerate(texts):
-            if not (text if isinstance(text, list) else text.strip()):
+            if isinstance(text, list):
+                try:
+                    check_messages("prompt", text, number)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+            if not plain_text(text).strip():
                 raise ValueError(f"{where}, row {number}: the prompt is empty.")
         if (instruction or shots) and not all(isinstance(text, str) for text in texts):
             raise ValueError("--instruction and --few-shot are for prompts that are strings, not chats.")

@@ -82,17 +82,21 @@ def evaluate(
     formats = {"prompt_format": prompt_format, "completion_format": completion_format}
     formats = {name: trained["data"].get(name) if text is None else text for name, text in formats.items()}
 
+    skip_empty = trained["recipe"].get("skip_empty", False)
+
     def load(part: str, number: int | None) -> dict[str, Any]:
         if by is None:
-            return {"": pairs.load_pairs(data, part, **formats, max_examples=number)}
-        return pairs.load_groups(data, part, by, **formats, max_examples=number)
+            return {"": pairs.load_pairs(data, part, **formats, max_examples=number, missing_is_empty=skip_empty)}
+        return pairs.load_groups(data, part, by, **formats, max_examples=number, missing_is_empty=skip_empty)
 
     groups = load(split, max_examples)
+    if skip_empty:  # as the training did
+        groups = {value: pairs.without_empty(rows, split, skip=True) for value, rows in groups.items()}
     outputs = {value: value_path(output, value) for value in groups} if by else {"": output}
     check_outputs(list(outputs.values()))
     parts = None
     if pairs.has_parts(data, split) or (few_shot and pairs.has_parts(data, few_shot_split)):
-        check_held_out(trained["data"], model, data, split)
+        check_held_out(trained["data"], model, data, split, formats["prompt_format"])
         parts = pairs.part_sizes(data, formats["prompt_format"])
         print(pairs.describe_parts(data, parts))
     if labels := pairs.describe_labels(data, formats["completion_format"]):
@@ -100,6 +104,8 @@ def evaluate(
     shots = load(few_shot_split, few_shot) if few_shot else {}
     if few_shot and (missing := [value for value in groups if value not in shots]):
         raise ValueError(f"--few-shot: the split {few_shot_split!r} has no pair whose {by} is {missing[0]!r}.")
+    if few_shot:
+        check_not_shown(groups, shots)
 
     trained_llm = (trained["llm"] or {}).get("name_or_path")
     loaded, tokenizer = load_model(model, revision, llm, dtype, device, trained_llm)
@@ -185,13 +191,31 @@ def write_texts(output: str, prompts: Sequence, references: list[str], responses
 
 
 # --------------------------------------------------------------------------------------------------- what is evaluated
-def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -> None:
+def check_not_shown(groups: dict[str, Any], shots: dict[str, Any]) -> None:
+    """
+    Checks that no pair that is evaluated is shown, solved, before prompts.
+
+    Raises:
+        ValueError: if some are.
+    """
+    for value, rows in groups.items():
+        asked = rows["prompt"][:]
+        if shown := [prompt for prompt in shots[value]["prompt"] if prompt in asked]:
+            raise ValueError(
+                f"--few-shot: {len(shown)} of the {len(shots[value])} solved examples are among the pairs that are "
+                f"evaluated, such as {shown[0]!r}. Take them from another split, --few-shot-split."
+            )
+
+
+def check_held_out(trained: dict[str, Any], model: str, data: str, split: str, prompt_format: str | None) -> None:
     """
     Checks that a part of a file was held out when the model was trained on that file.
 
     Raises:
         ValueError: if the training chose its rows of the file otherwise, or learned from all of them.
     """
+    from ..data.pairs import fields_of
+
     if split == "train":
         return
 
@@ -200,8 +224,17 @@ def check_held_out(trained: dict[str, Any], model: str, data: str, split: str) -
 
     if any(is_data(source) for source in trained.get("more") or {}):
         raise ValueError(f"{model!r} learned from all of {data} (`more_data`): its {split!r} is not held out.")
-    if trained.get("parts") or not is_data(trained.get("source", "")):
+    if not is_data(trained.get("source", "")):
         return
+    if trained.get("parts"):
+        before, now = (fields_of(text) for text in (trained.get("prompt_format"), prompt_format))
+        if before == now:
+            return
+        raise ValueError(
+            f"{model!r} was trained on the part 'train' of {data} by a hash of {', '.join(before)}; a --prompt-format "
+            f"of {', '.join(now)} splits it otherwise, and {split!r} may have rows that were learned from. Use a "
+            "format of the same columns, or a file of other rows."
+        )
     raise ValueError(
         f"{model!r} was trained on rows of {data} that are not its part 'train': it may have learned from rows of "
         f"{split!r}. Name the rows with --split, such as 'train[90%:]' or 'all'."

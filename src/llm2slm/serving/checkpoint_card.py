@@ -1,5 +1,6 @@
 """What a checkpoint's model card offers to show: prompts to try, and the scores that were measured."""
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def read_card(checkpoint: str, revision: str | None = None) -> CheckpointCard:
     widget = card.data.to_dict().get("widget")
     prompts = [one["text"] for one in widget or [] if isinstance(one, dict) and isinstance(one.get("text"), str)]
     if not prompts:
-        prompts = [json.loads(found) for found in PROMPT_OF_THE_SNIPPET.findall(card.text)]
+        for found in PROMPT_OF_THE_SNIPPET.findall(card.text):
+            with contextlib.suppress(ValueError):  # a line that a person has changed
+                prompts.append(json.loads(found))
     figures = [
         Figure(
             f"{result.dataset_name}, {result.dataset_split}" if result.dataset_split else result.dataset_name,

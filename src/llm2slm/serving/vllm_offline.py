@@ -19,7 +19,8 @@ TOP_K = 50  # Transformers', of a checkpoint that samples and does not say
 NOT_SERVED = (
     *("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length"),
     *("min_new_tokens", "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens"),
-    *("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p", "exponential_decay_length_penalty", "watermarking_config"),
+    *("max_time", "guidance_scale", "encoder_repetition_penalty"),
 )
 NOTHING: tuple = (None, 0, 1.0, [], {})
 
@@ -181,6 +182,9 @@ def _read_config(checkpoint: str, revision: str | None) -> LLM2SLMConfig:
 
 def _generation_config(checkpoint: str, revision: str | None, config: LLM2SLMConfig) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(checkpoint, revision=revision)
+        own = GenerationConfig.from_pretrained(checkpoint, revision=revision)
     except OSError:  # it is the model's then, as everywhere in Transformers
-        return GenerationConfig.from_model_config(config)
+        own = GenerationConfig.from_model_config(config)
+    if own.eos_token_id is None:  # `generate` ends at the SLM's own then
+        own.eos_token_id = config.slm_config.eos_token_id
+    return own

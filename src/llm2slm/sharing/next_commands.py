@@ -35,7 +35,8 @@ def next_commands(options: TrainOptions, folder: Path) -> list[str]:
 def _example(options: TrainOptions, folder: Path) -> str:
     """A short prompt of the data, as the tokenizer takes it."""
     split = options.train_split if options.validation_split == "none" else options.validation_split
-    prompts = load_pairs(options.data, split, options.prompt_format, options.completion_format, 20)["prompt"]
+    formats = options.prompt_format, options.completion_format
+    prompts = load_pairs(options.data, split, *formats, 20, options.skip_empty)["prompt"]
     texts = [without_format(prompt, folder).strip() for prompt in prompts if isinstance(prompt, str)]
     lines = [text for text in texts if text and not text.startswith("-") and len(text.splitlines()) == 1]
     return min(lines, key=len, default="Your text.")

@@ -216,6 +216,8 @@ class TrainOptions:
             )
 
     def _check_start(self):
+        if self.start == "states":
+            self._require("llm", " for `start: states`, also of an SLM alone")
         if self.start == "zero" and self.fusion != "add":
             raise ValueError("`start: zero` needs `fusion: add`: with 'replace' the SLM would see no prompt at all.")
         for name, value in (("start", "states"), ("projector_norm", "standardize")):

@@ -267,7 +267,9 @@ def _check_disk(folder: Path, model, training) -> None:
     saved = sum(p.numel() * p.element_size() for p in trained)
     checkpoint_bytes = saved + 2 * 4 * sum(p.numel() for p in trained)  # Adam's two moments
     needed = ((training.save_total_limit or 1) + 1) * checkpoint_bytes + saved
-    free = shutil.disk_usage(folder).free
+    # Those of the interrupted training are replaced one by one.
+    there = sum(path.stat().st_size for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/*"))
+    free = shutil.disk_usage(folder).free + there
     if needed > free:
         raise OSError(
             f"The checkpoints of this training need {needed / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB "

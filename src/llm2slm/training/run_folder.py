@@ -24,7 +24,15 @@ from .options import TrainOptions
 
 RECIPE, DATA, START, TEACHER, REPORT = "recipe.yaml", "data.json", "start", "teacher", "run.json"
 # What may differ when a training is resumed: it changes nothing of the result.
-ELSEWHERE = ("output_dir", "cache_dir", "disable_tqdm", "log_level", "dataloader_num_workers", "ddp_timeout")
+ELSEWHERE = (
+    "output_dir",
+    "cache_dir",
+    "disable_tqdm",
+    "log_level",
+    "dataloader_num_workers",
+    "ddp_timeout",
+    "save_total_limit",
+)
 
 
 def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:

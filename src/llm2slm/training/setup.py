@@ -27,7 +27,7 @@ from ..building.slm import make_slm, slice_lm
 from ..building.tokenizers import limit_tokenizer, token_map, train_tokenizer, trim_tokenizer
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
-from ..data.pairs import format_of_text, has_parts, load_pairs, part_sizes
+from ..data.pairs import format_of_text, has_parts, load_pairs, part_sizes, without_empty
 from ..data.prompt_features import cache_prompt_features
 from ..language_models import check_positions, gguf_argument, read_states_in_one_piece
 from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
@@ -51,12 +51,12 @@ def load_splits(options: TrainOptions, teacher: Teacher | None = None) -> tuple[
     if options.validation_split != "none":
         formats = options.prompt_format, options.completion_format
         splits["validation"] = load_pairs(
-            options.data, options.validation_split, *formats, options.max_validation_pairs
+            options.data, options.validation_split, *formats, options.max_validation_pairs, options.skip_empty
         )
     more: dict[str, int] = {}
     if options.more_data:
         splits["train"], more = add_sources(options, teacher, splits["train"])
-    return {name: _without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
+    return {name: without_empty(rows, name, options.skip_empty) for name, rows in splits.items()}, more
 
 
 def find_parts(options: TrainOptions) -> dict[str, int] | None:
@@ -74,30 +74,6 @@ def find_parts(options: TrainOptions) -> dict[str, int] | None:
             "one is chosen by a hash of each prompt, the other is not. Choose both alike, or `validation_split: none`."
         )
     return part_sizes(options.data, options.prompt_format) if are_parts == {True} else None
-
-
-def _without_empty(rows: Dataset, split: str, skip: bool) -> Dataset:
-    def has_both(row: dict[str, Any]) -> bool:
-        return all(_words_of(text).strip() for text in (row["prompt"], row["completion"]))
-
-    kept = rows.filter(has_both, desc="Looking for empty pairs")
-    if len(kept) == len(rows):
-        return rows
-    left_out = f"{split}: {len(rows) - len(kept):,} of {len(rows):,} pairs have an empty side"
-    if not skip:
-        first = next(row for row in rows if not has_both(row))
-        raise ValueError(f"{left_out}, the first is {first}. Mend them, or leave them out with `skip_empty`.")
-    print(f"{left_out} and are left out.")
-    return kept
-
-
-def _words_of(text: str | list[dict[str, Any]]) -> str:
-    if isinstance(text, str):
-        return text
-    # What is no message is refused where they are tokenized.
-    return "".join(
-        str(message.get("content") or "") if isinstance(message, dict) else str(message) for message in text
-    )
 
 
 def make_examples(options: TrainOptions, pairs: dict[str, Dataset], model, tokenizer) -> dict[str, Dataset]:

@@ -2,21 +2,23 @@
 
 Choices made here:
 - No pair of theirs is evaluated on, and none has a prompt that may be: those of the first data set's validation and
-  test split are left out, all of them.
+  test split are left out, all of them, unless the first data set's own pairs teach them too. Prompts of the same words
+  are the same prompt, as where a file is split.
 - A weight is what each of their tokens counts in the loss beside one of the first data set. Weights are divided by
   their mean over the tokens of all sources, so that the learning rate means the same with them.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, concatenate_datasets
 
-from ..data.pairs import MissingSplitError, load_rows, make_texts, read_label_record
+from ..data.hash_split import words_of
+from ..data.pairs import MissingSplitError, load_rows, make_texts, plain_text, read_label_record
 from .options import TrainOptions
 from .teacher import Teacher, load_taught_pairs
 
@@ -56,12 +58,12 @@ def add_sources(options: TrainOptions, teacher: Teacher | None, pairs: Dataset) 
         OSError: if there is no such data set.
         ValueError: if one has chats where another has texts, or no pair that is not evaluated on.
     """
-    held_out = _held_out_prompts(options)
+    held_out = _held_out_prompts(options) - set(map(_key, pairs["prompt"]))
     sources, counts = [pairs.add_column(WEIGHT, [1.0] * len(pairs))], {}
     for name in options.more_data:
         split = "all" if os.path.isfile(name) else "train"
-        rows = load_taught_pairs(options, teacher, name, split)
-        if rows.features["prompt"] != pairs.features["prompt"]:
+        rows = _in_form_of(pairs, load_taught_pairs(options, teacher, name, split))
+        if rows is None:
             raise ValueError(f"{name!r} and {options.data!r} must both have texts, or both chats.")
         kept = [number for number, prompt in enumerate(rows["prompt"]) if _key(prompt) not in held_out]
         if not kept:
@@ -73,6 +75,35 @@ def add_sources(options: TrainOptions, teacher: Teacher | None, pairs: Dataset) 
     return concatenate_datasets(sources), counts
 
 
+def _in_form_of(first: Dataset, rows: Dataset) -> Dataset | None:
+    """
+    The rows with texts and messages as `first` has them, so that both can be joined: messages have the same keys, and
+    a completion is a text where those of `first` are. `None` if prompts are texts here and chats there.
+    """
+    for column in ("prompt", "completion"):
+        here, there = (dataset.data.schema.field(column).type for dataset in (rows, first))
+        if here == there:
+            continue
+        is_chat = pyarrow.types.is_list(there)
+        if column == "prompt" and is_chat != pyarrow.types.is_list(here):
+            return None
+        keys = [field.name for field in there.value_type] if is_chat else []
+        feature = first.features[column]
+        made = rows.select_columns(column).map(
+            lambda row, column, keys: {column: _messages(row[column], keys) if keys else plain_text(row[column])},
+            fn_kwargs={"column": column, "keys": keys},
+            features=Features({column: feature}),
+            desc="Reading texts",
+        )
+        rows = rows.remove_columns(column).add_column(column, made[column][:], feature=feature)
+    return rows
+
+
+def _messages(value: str | list[dict[str, Any]], keys: list[str]) -> list[dict[str, Any]]:
+    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    return [{key: message.get(key) for key in keys} for message in messages]
+
+
 def _held_out_prompts(options: TrainOptions) -> set[str]:
     prompts: set[str] = set()
     for split in dict.fromkeys([options.validation_split, *HELD_OUT]):
@@ -80,13 +111,14 @@ def _held_out_prompts(options: TrainOptions) -> set[str]:
             if split == "none":
                 continue
             rows = load_rows(options.data, split, prompt_format=options.prompt_format)
-            texts = make_texts(rows, {"prompt": options.prompt_format}, f"{options.data!r}, split {split!r}")
+            where = f"{options.data!r}, split {split!r}"
+            texts = make_texts(rows, {"prompt": options.prompt_format}, where, options.skip_empty)
             prompts |= {_key(prompt) for prompt in texts["prompt"]}
     return prompts
 
 
 def _key(prompt: Any) -> str:
-    return " ".join((prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)).split())
+    return words_of(plain_text(prompt))
 
 
 def scale_weights(examples: Dataset) -> Dataset:

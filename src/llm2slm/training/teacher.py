@@ -108,14 +108,15 @@ def load_taught_pairs(
     options: TrainOptions, teacher: Teacher | None, source: str, split: str, max_pairs: int | None = None
 ) -> Dataset:
     """A source's pairs and, with a teacher, the prompts that it reads as another column."""
-    pairs = load_pairs(source, split, options.prompt_format, options.completion_format, max_pairs)
+    formats = options.prompt_format, options.completion_format
+    pairs = load_pairs(source, split, *formats, max_pairs, options.skip_empty)
     if teacher is None:
         return pairs
     if teacher.prompt_format == options.prompt_format:
         return pairs.add_column(PROMPT, pairs["prompt"][:])
     rows = load_rows(source, split, max_pairs, options.prompt_format)
     try:
-        texts = make_texts(rows, {"prompt": teacher.prompt_format}, f"{source!r}")
+        texts = make_texts(rows, {"prompt": teacher.prompt_format}, f"{source!r}", options.skip_empty)
     except ValueError as error:
         text = re.sub("(?<=[`-])prompt([_-])format", r"teacher\1prompt\1format", str(error))
         raise ValueError(f"For the teacher: {text}") from error

@@ -87,7 +87,28 @@ class SimilarLengthSampler(Sampler[int]):
 
 
 class SimilarLengthTrainer(Seq2SeqTrainer):
-    """The Trainer with batches of similar length, unless its options choose another order."""
+    """
+    The Trainer with batches of similar length, unless its options choose another order, and an evaluation loss that is
+    the mean over all tokens of responses. Transformers' own is the mean over batches, be they full or not.
+    """
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's, with the loss of a token in place of that of a batch."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # the loss of all tokens, and how many they are
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total = self._evaluated.float() if self.args.device.type == "mps" else self._evaluated
+        loss, tokens = self.accelerator.reduce(total.to(self.args.device), reduction="sum").tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """The Trainer's; counts what the mean over tokens is made of."""
+        tokens = (inputs["labels"] != -100).sum().item()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None:
+            self._evaluated += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+        return loss, logits, labels
 
     def _get_train_sampler(self, train_dataset=None):
         if getattr(self.args, "train_sampling_strategy", "random") != "random":
