@@ -14,10 +14,10 @@ from draw_method import FONTS, GROUND, INK, LLM, PROJECTOR, QUIET, SLM, text
 RECORDS = Path(__file__).parents[1] / "results" / "simplify"
 # Words, report of the quality, system of the benchmark, colours, and where the words stand beside the point.
 POINTS = [
-    ("LLM-to-SLM, 4 beams, fast", "16-18-23-28-beams", "fast_beams", PROJECTOR, (-8, -36, "start")),
-    ("LLM-to-SLM, 4 beams", "16-18-23-28-beams", "beams", PROJECTOR, (12, 5, "start")),
-    ("LLM-to-SLM, greedy, fast", "16-18-23-28", "fast", PROJECTOR, (-22, -38, "start")),
-    ("LLM-to-SLM, greedy", "16-18-23-28", "llm2slm", PROJECTOR, (12, 5, "start")),
+    ("LLM-to-SLM, 4 beams, fast", "more-beams", "fast_beams", PROJECTOR, (-8, -36, "start")),
+    ("LLM-to-SLM, 4 beams", "more-beams", "beams", PROJECTOR, (12, 5, "start")),
+    ("LLM-to-SLM, greedy, fast", "more", "fast", PROJECTOR, (-22, -38, "start")),
+    ("LLM-to-SLM, greedy", "more", "llm2slm", PROJECTOR, (12, 5, "start")),
     ("small model alone (three layers; time of four)", "slm", "slm", SLM, (12, 14, "start")),
     ("LLM, fine-tuned with LoRA", "llm-lora", "llm", LLM, (-12, 5, "end")),
 ]
