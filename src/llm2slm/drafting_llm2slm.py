@@ -294,7 +294,10 @@ def _arguments_of(generation_config, kwargs) -> dict[str, Any]:
     arguments.pop("transformers_version", None)
     if kwargs.get("max_length") is not None:
         arguments["max_new_tokens"] = None
-    return arguments | kwargs
+    arguments |= kwargs
+    if arguments.get("max_length") is not None:
+        arguments.setdefault("max_new_tokens", None)  # or that of the LLM's config would be the length
+    return arguments
 
 
 def _with_length(arguments, llm, own: GenerationConfig) -> dict[str, Any]:
@@ -344,8 +347,6 @@ def _generate_arguments(arguments, dial, own: GenerationConfig) -> dict[str, Any
     left_out = {*_ONE_RESPONSE, *_OWN_LOOP, "tokenizer"}
     arguments = {name: value for name, value in arguments.items() if name not in left_out}
     arguments |= {"do_sample": do_sample, "num_beams": 1, "num_return_sequences": 1}
-    if arguments.get("max_length") is not None:
-        arguments.setdefault("max_new_tokens", None)  # or that of the LLM's config would be the length
     # The loop below has a cache of its own, which can be cropped whatever the LLM's windows are.
     return arguments | {"use_cache": False, "cache_implementation": None}
 

@@ -163,7 +163,7 @@ def encode_pairs(
 def _prompt_text(prompt, row: int, tokenizer: LLM2SLMTokenizer, is_chat: bool) -> str:
     messages = None
     if is_chat or not isinstance(prompt, str):
-        check_messages("prompt", prompt, row)
+        check_messages("prompt", prompt, f"Row {row}")
         messages, prompt = prompt, "".join(message["content"] for message in prompt)
     if not prompt.strip():
         raise ValueError(f"Row {row}: the `prompt` is empty.")
@@ -174,7 +174,7 @@ def _prompt_text(prompt, row: int, tokenizer: LLM2SLMTokenizer, is_chat: bool) -
 
 def _response_text(completion, row: int) -> str:
     if not isinstance(completion, str):
-        check_messages("completion", completion, row)
+        check_messages("completion", completion, f"Row {row}")
         if len(completion) > 1:
             raise ValueError(f"Row {row}: the `completion` must be one message, got {len(completion)}.")
         completion = completion[0]["content"] if completion else ""
@@ -183,18 +183,18 @@ def _response_text(completion, row: int) -> str:
     return completion
 
 
-def check_messages(name: str, messages, row: int) -> None:
+def check_messages(name: str, messages, where: str) -> None:
     """
-    Checks that messages have a role and text each. `name` and `row` are what errors call them.
+    Checks that messages have a role and text each. `name` and `where` are what errors call them.
 
     Raises:
         ValueError: if they have not.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"Row {row}: the `{name}` must be text or a list of messages, got {messages!r}.")
+        raise ValueError(f"{where}: the `{name}` must be text or a list of messages, got {messages!r}.")
     for message in messages:
         if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"Row {row}: a message of the `{name}` lacks a `role` or text as `content`: {message}.")
+            raise ValueError(f"{where}: a message of the `{name}` lacks a `role` or text as `content`: {message}.")
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

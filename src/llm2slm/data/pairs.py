@@ -307,7 +307,7 @@ def without_empty(pairs: Dataset, where: str, skip: bool) -> Dataset:
     """
 
     def has_both(row: dict[str, Any]) -> bool:
-        return all(_words_of(text).strip() for text in (row["prompt"], row["completion"]))
+        return all(_contents_of(text).strip() for text in (row["prompt"], row["completion"]))
 
     kept = pairs.filter(has_both, desc="Looking for empty pairs")
     if len(kept) == len(pairs):
@@ -320,7 +320,7 @@ def without_empty(pairs: Dataset, where: str, skip: bool) -> Dataset:
     return kept
 
 
-def _words_of(text: str | list[dict[str, Any]]) -> str:
+def _contents_of(text: str | list[dict[str, Any]]) -> str:
     if isinstance(text, str):
         return text
     # What is no message is refused where they are tokenized.

@@ -221,10 +221,7 @@ def read_prompts(
         texts = make_texts(dataset, {"prompt": prompt_format}, where)["prompt"][:]
         for number, text in enumerate(texts):
             if isinstance(text, list):
-                try:
-                    check_messages("prompt", text, number)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from error
+                check_messages("prompt", text, f"{where}: Row {number}")
             if not plain_text(text).strip():
                 raise ValueError(f"{where}, row {number}: the prompt is empty.")
         if (instruction or shots) and not all(isinstance(text, str) for text in texts):

@@ -85,13 +85,16 @@ def evaluate(
     skip_empty = trained["recipe"].get("skip_empty", False)
 
     def load(part: str, number: int | None) -> dict[str, Any]:
+        options = {**formats, "max_examples": number, "missing_is_empty": skip_empty}
         if by is None:
-            return {"": pairs.load_pairs(data, part, **formats, max_examples=number, missing_is_empty=skip_empty)}
-        return pairs.load_groups(data, part, by, **formats, max_examples=number, missing_is_empty=skip_empty)
+            found = {"": pairs.load_pairs(data, part, **options)}
+        else:
+            found = pairs.load_groups(data, part, by, **options)
+        if skip_empty:  # as the training did
+            found = {value: pairs.without_empty(rows, part, skip=True) for value, rows in found.items()}
+        return found
 
     groups = load(split, max_examples)
-    if skip_empty:  # as the training did
-        groups = {value: pairs.without_empty(rows, split, skip=True) for value, rows in groups.items()}
     outputs = {value: value_path(output, value) for value in groups} if by else {"": output}
     check_outputs(list(outputs.values()))
     parts = None

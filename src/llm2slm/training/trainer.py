@@ -96,8 +96,8 @@ class SimilarLengthTrainer(Seq2SeqTrainer):
         """The Trainer's, with the loss of a token in place of that of a batch."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # the loss of all tokens, and how many they are
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total = self._evaluated.float() if self.args.device.type == "mps" else self._evaluated
-        loss, tokens = self.accelerator.reduce(total.to(self.args.device), reduction="sum").tolist()
+        total = self._evaluated.float().to(self.args.device)  # not every device has float64
+        loss, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         if tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output
