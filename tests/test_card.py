@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm.cli import main as cli
-from llm2slm.sharing.card import PROMPTS_TO_TRY, find_bases, read_licence
-from llm2slm.sharing.card_sections import data_hub_name, data_name
+from llm2slm.sharing.card import PROMPTS_TO_TRY, find_bases, order_reports, read_licence
+from llm2slm.sharing.card_sections import data_hub_name, data_name, quote_argument, use_auto_class, without_format
 
 LLM = "tester/llm"
 pytestmark = pytest.mark.xdist_group("card")  # each worker would train and evaluate anew
@@ -323,9 +323,33 @@ def test_a_card_that_someone_wrote_is_kept(run, capsys):
     options = ["--slm-name", "tester/t5", "--license", "mit"]
     card(run, *options)  # over the one that saving wrote
     card(run, *options)  # over its own
-    (run / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    (run / "README.md").write_text("---\nlicense: mit\n---\nMy own words. It automatically simplifies text.\n")
     assert_error(capsys, "README.md was written by hand", "--run", run, "--llm-name", LLM, *options)
     assert "My own words." in (run / "README.md").read_text()
+
+
+def test_of_reports_of_models_with_one_name_the_folders_own_is_taken(files, run, tmp_path, capsys):
+    options = ["--slm-name", "tester/t5", "--license", "mit"]
+    report = recorded(files / "llm2slm.json")
+    for seed in ("seed1", "seed2"):
+        report["model"] = str(tmp_path / seed / run.name)
+        (tmp_path / f"{seed}.json").write_text(json.dumps(report | {"parameters": int(seed[-1]) * 1_000_000}))
+        shutil.copy(files / "llm2slm.jsonl", tmp_path / f"{seed}.jsonl")
+    both = ["--report", tmp_path / "seed1.json", tmp_path / "seed2.json"]
+    assert_error(capsys, "Several reports are of models named like", "--run", run, "--llm-name", LLM, *options, *both)
+    shutil.copytree(run, tmp_path / "seed2" / run.name)
+    assert order_reports([str(path) for path in both[1:]], tmp_path / "seed2" / run.name)[0] == [
+        str(path) for path in both[:0:-1]
+    ]
+
+
+def test_a_model_that_learned_from_chats_is_asked_in_one(run):
+    chat = [{"role": "user", "content": "Hé"}]
+    assert without_format(chat, run) is chat
+    given = f"prompt = {quote_argument(chat)}"
+    snippet = use_auto_class("slm", "text-generation", '"me/slm"', given, "", is_chat=True)
+    assert "apply_chat_template(prompt, return_tensors" in snippet and "{'role': 'user', 'content': 'Hé'}" in snippet
+    compile(snippet, "card", "exec")
 
 
 def test_reports_of_other_models_or_data_are_refused(files, run, tmp_path, capsys):

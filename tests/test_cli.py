@@ -36,8 +36,8 @@ from llm2slm.benchmark.random_models import SIZES
 from llm2slm.cli import generate
 from llm2slm.cli import main as cli
 from llm2slm.cli.options import option, read_recipe
+from llm2slm.language_models import end_tokens, load_checkpoint, response_limit, set_generation, write_responses
 from llm2slm.serving import offline, vllm_offline
-from llm2slm.serving.response_text import end_tokens
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3", "w2 w1"]
@@ -331,6 +331,22 @@ def test_recipe_holds_options_and_command_line_overrides_them(checkpoints, tmp_p
     assert cli.main(["generate", "--config", str(recipe), "--max-new-tokens", "5"]) is None
     expected = expected_responses(checkpoints["llama"], ["w1 w2 w3", "w4"], max_new_tokens=5)
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_a_list_at_the_end_of_a_recipe_leaves_the_checkpoint_alone(tmp_path, capsys):
+    (tmp_path / "race.yaml").write_text("systems: [llm, fast]\n")
+    argv = ["race", "./none", "--config", str(tmp_path / "race.yaml")]
+    assert_one_line_error(capsys, argv, "There is no folder './none'")
+
+
+def test_a_recipe_is_named_in_full_and_once(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("prompt: [w1]\n")
+    argv = ["generate", "--model", "./none"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*argv, "--conf", str(tmp_path / "recipe.yaml")])
+    assert "unrecognized arguments: --conf" in capsys.readouterr().err
+    argv += 2 * ["--config", str(tmp_path / "recipe.yaml")]
+    assert_one_line_error(capsys, argv, "--config takes one recipe, and there are 2")
 
 
 @pytest.mark.parametrize("text, message", [("- a\n", "must hold options"), ("a: [\n", "is not YAML")])
@@ -745,6 +761,37 @@ def test_a_csv_file_is_read_by_its_columns(checkpoints, tmp_path):
     assert [(row["id"], row["prompt"]) for row in rows] == [("7", "w1, w2\nw3"), ("8", "w4"), ("9", "")]
 
 
+@pytest.mark.parametrize("name", ["response", "finish_reason"])
+def test_a_column_of_the_outputs_own_is_refused(name, checkpoints, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "w1"}) + "\n" + json.dumps({"prompt": "w2", name: "x"}))
+    argv = ["generate", "--model", "none", "--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "r.jsonl")]
+    argv[2] = checkpoints["llama"]
+    assert_one_line_error(capsys, argv, f"The prompts have a column `{name}`")
+
+
+def test_stop_strings_of_the_checkpoint_end_what_is_shown_and_what_is_written(checkpoint, tmp_path, capsys):
+    (whole,) = expected_responses(checkpoint, ["w1 w2"], max_new_tokens=8)
+    own = tmp_path / "own"
+    shutil.copytree(checkpoint, own)
+    settings = json.loads((own / "generation_config.json").read_text())
+    stop = whole[len(whole) // 2 :][:2]
+    (own / "generation_config.json").write_text(json.dumps(settings | {"stop_strings": [stop]}))
+    argv = ["generate", "--model", str(own), "--prompt", "w1 w2", "--max-new-tokens", "8"]
+    for more in ([], ["--stream"], ["--num-beams", "1"]):
+        assert cli.main([*argv, *more]) is None
+        captured = capsys.readouterr()
+        assert captured.out == whole.partition(stop)[0] + "\n" and "cut" not in captured.err
+    model, tokenizer = load_checkpoint(str(own))
+    strings = set_generation(model, tokenizer, max_new_tokens=8, num_beams=1)
+    (text,), (tokens,) = write_responses(model, tokenizer, tokenizer("w1 w2", return_tensors="pt"), strings)
+    assert text == whole.partition(stop)[0] and tokens < 8
+
+
+def test_a_length_that_counts_a_start_token_is_one_token_less():
+    config = GenerationConfig(max_length=9)
+    assert [response_limit(config, is_encoder_decoder) for is_encoder_decoder in (True, False)] == [8, 9]
+
+
 def test_a_response_cut_at_its_limit_is_marked(checkpoint, tmp_path, capsys):
     model = LLM2SLMForConditionalGeneration.from_pretrained(checkpoint)
     first, *_ = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, eos_token_id=None)[0, -3:].tolist()
@@ -829,13 +876,16 @@ def test_vllm_ends_a_response_where_generate_does(checkpoints, tmp_path):
         {"encoder_repetition_penalty": 1.2},
         {"watermarking_config": {"bias": 2.0}},
         {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 1},
+        {"forced_eos_token_id": 0},
+        {"max_time": 1.0},
     ],
     ids=lambda asked: next(iter(asked)),
 )
 def test_what_vllm_does_not_do_is_refused(asked):
     with pytest.raises(ValueError, match=f"says `{next(iter(asked))}`.*which --engine vllm does not do"):
         vllm_offline.sampling_params(GenerationConfig(**asked), vllm_offline.Choice())
-    off = dict.fromkeys(["guidance_scale", "encoder_repetition_penalty"], 1.0)
+    off = {"guidance_scale": 1.0, "encoder_repetition_penalty": 1.0, "min_length": 0, "stop_strings": []}
     assert vllm_offline.sampling_params(GenerationConfig(**off), vllm_offline.Choice())["temperature"] == 0.0
 
 

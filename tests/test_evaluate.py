@@ -21,7 +21,7 @@ from llm2slm.data.collator import DataCollatorForLLM2SLM
 from llm2slm.data.pairs import hash_texts, load_pairs, part_sizes
 from llm2slm.evaluation.reports import describe_increase, read_report, score_table
 from llm2slm.evaluation.shuffled_states import shuffle_among_like, states_of_others
-from llm2slm.language_models import few_shot_prompts, load_model
+from llm2slm.language_models import EndAtString, few_shot_prompts, load_model
 from llm2slm.loading_llm2slm import load_slm
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
@@ -205,7 +205,10 @@ def test_each_value_of_a_column_gets_the_report_of_its_own_data_set(options, fol
     assert by["data"]["fingerprint"] == alone["data"]["fingerprint"]
     assert "| llm2slm_llama, copy |" in table and "| llm2slm_llama, turn/it |" in table
 
-    evaluate("--compare", tmp_path / "by-turn-it.json", tmp_path / "alone.json")
+    assert (
+        cli.main(["evaluate", "--compare", *(str(tmp_path / name) for name in ("by-turn-it.json", "alone.json"))])
+        is None
+    )
     assert "| llm2slm_llama | +0.0 [+0.0, +0.0], p = 1.000 |" in capsys.readouterr().out
 
 
@@ -488,6 +491,10 @@ def test_without_a_chat_template_a_blank_line_ends_the_response(tmp_path):
     report, texts = read(tmp_path / "report.json")
     assert [row["response"] for row in texts] == ["yz", "yz"]
     assert report["speed"]["tokens_per_second"] * report["speed"]["seconds"] == pytest.approx(6)  # the ends count
+    # The prompt's last line end and the response's first are no empty line of the response.
+    ids = torch.tensor([[vocab["x"], vocab["Ċ"], vocab["Ċ"]]])
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "bigram")
+    assert [bool(EndAtString(fast, ["\n\n"], length)(ids, None)) for length in (1, 2)] == [True, False]
 
 
 # ----------------------------------------------------------------------------------------------------- shuffled states
@@ -730,6 +737,8 @@ def test_texts_are_shown_one_system_below_another(reports, tmp_path, capsys):
 
 def test_options_that_do_not_go_with_show_are_said(reports, capsys):
     assert_one_line_error(capsys, ["--show", reports[0], "--model", "x"], "--show", "without --model")
+    assert_one_line_error(capsys, ["--compare", *reports, "--max-examples", 5], "--compare", "without --max-examples")
+    assert_one_line_error(capsys, ["--show", reports[0], "--metrics", "chrf"], "--show", "without --metrics")
     assert_one_line_error(capsys, ["--show", reports[0], "--compare", reports[0]], "--compare and --show")
 
 

@@ -104,6 +104,17 @@ def test_each_writes_what_its_generate_writes(checkpoint, monkeypatch):
         assert progress.tokens == LENGTH and progress.is_cut
 
 
+def test_stop_strings_of_the_checkpoint_end_what_is_shown(checkpoint, monkeypatch):
+    monkeypatch.setattr(decoding_llm2slm, "BACKEND", "eager")
+    pair, tokenizer = load_checkpoint(checkpoint)
+    whole = greedy(pair, tokenizer)
+    stop = whole[len(whole) // 2 :][:2]
+    pair.generation_config.stop_strings = [stop]
+    save(pair, tokenizer, checkpoint)
+    for progress in finished(load_race(checkpoint, ["llm2slm", "fast"], max_new_tokens=LENGTH)):
+        assert progress.text == whole.partition(stop)[0] and not progress.is_cut
+
+
 def test_an_encoder_decoder_slm_and_its_end(tmp_path):
     build_llm("t5").save_pretrained(tmp_path / "llm")
     build_llm_tokenizer().save_pretrained(tmp_path / "llm")

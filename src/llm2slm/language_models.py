@@ -9,17 +9,23 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import auto  # noqa: F401  (LLM-to-SLM is one of the models that the Auto classes load)
-from .arguments_llm2slm import stop_at_strings
 from .configuration_llm2slm import LLM2SLMConfig
 from .loading_llm2slm import load_slm, load_tokenizer, max_positions, resolve_revision, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -70,7 +76,7 @@ def load_checkpoint(
         ValueError: if it is another kind of model, or its LLM is not the one it was trained with.
     """
     place = choose_device(device)
-    _check_folder(name)
+    check_folder(name)
     # The checkpoint's `auto_map` names code of its own; False says that the code registered here is the one to run.
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -139,7 +145,7 @@ def weights_id(checkpoint: str, revision: str | None = None) -> str:
     Raises:
         OSError: if there is no such checkpoint.
     """
-    _check_folder(checkpoint)
+    check_folder(checkpoint)
     if commit := resolve_revision(checkpoint, None, {"revision": revision}):
         return commit
     digest = hashlib.sha256()
@@ -159,7 +165,7 @@ def load_models_tokenizer(
     Raises:
         OSError: if there is no such model.
     """
-    _check_folder(name)
+    check_folder(name)
     folder, gguf_file = split_gguf(name, None)
     if gguf_file is None and find_adapter_config_file(folder, revision=revision) is not None:
         check_installed("An adapter", "peft", install="pip install 'llm-to-slm[peft]'")
@@ -170,7 +176,7 @@ def load_models_tokenizer(
 
 
 def _load_any(name, revision, llm, dtype, device, trained_llm):
-    _check_folder(name)
+    check_folder(name)
     folder, gguf_file = split_gguf(name, None)
     if gguf_file is None and find_adapter_config_file(folder, revision=revision) is not None:
         return _load_adapter(name, revision, llm, dtype, device, trained_llm)
@@ -215,11 +221,17 @@ def _find_base(name, revision, llm, trained_llm) -> tuple[str, bool]:
 
 
 def _load_adapters_tokenizer(name, revision, base, is_llm2slm) -> LLM2SLMTokenizer:
-    has_own = not os.path.isdir(name) or os.path.exists(os.path.join(name, "tokenizer_config.json"))
+    has_own = _is_there(name, "tokenizer_config.json", revision)
     if is_llm2slm:
         source, revision = (name, revision) if has_own else (base, None)
         return LLM2SLMTokenizer.from_pretrained(source, revision=revision)
     return _load_both_sides(name, revision) if has_own else _load_both_sides(base, None)
+
+
+def _is_there(name, file, revision) -> bool:
+    """Whether a folder, or a repository on the Hub, has a file."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, file, revision=revision, **quietly) is not None
 
 
 def _load_language_model(name, revision, dtype, device):
@@ -240,7 +252,7 @@ def _load_both_sides(name, revision):
 
 
 def _model_type(name, revision):
-    _check_folder(name)
+    check_folder(name)
     folder, gguf_file = split_gguf(name, None)
     if gguf_file is not None:  # reading the configuration out of a GGUF file takes seconds
         return None
@@ -250,7 +262,13 @@ def _model_type(name, revision):
         raise OSError(f"There is no model {name!r}: {error}") from error
 
 
-def _check_folder(name):
+def check_folder(name: str) -> None:
+    """
+    Checks that a name that can only be a folder's is one.
+
+    Raises:
+        OSError: if it is not.
+    """
     looks_like_a_folder = name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
     if looks_like_a_folder and not os.path.exists(name):
         raise OSError(f"There is no folder {name!r}.")
@@ -409,30 +427,77 @@ def says_no_length(config: GenerationConfig) -> bool:
     return config.max_new_tokens is None and config.max_length in (None, GenerationConfig().max_length)
 
 
-def response_limit(config: GenerationConfig) -> int:
+def response_limit(config: GenerationConfig, is_encoder_decoder: bool) -> int:
     """Tokens of a response at most, by a generation configuration; `MAX_NEW_TOKENS` if it says nothing."""
-    return MAX_NEW_TOKENS if says_no_length(config) else config.max_new_tokens or config.max_length
+    if says_no_length(config):
+        return MAX_NEW_TOKENS
+    return config.max_new_tokens or config.max_length - is_encoder_decoder  # `max_length` counts a start token
 
 
-def set_generation(model, tokenizer, max_new_tokens: int, num_beams: int) -> None:
-    """Makes the model's generation configuration greedy or, with `num_beams`, beam search; its tokens remain."""
+def end_tokens(model: LLM2SLMForConditionalGeneration) -> list[int]:
+    """The tokens that end a response. What the config of the pair leaves open, `generate` takes from the SLM's."""
+    ends = model.generation_config.eos_token_id
+    ends = model.slm.generation_config.eos_token_id if ends is None else ends
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def own_stop_strings(config: GenerationConfig) -> list[str]:
+    """The strings at which a generation configuration ends a response."""
+    return [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+
+
+def cut_at(text: str, strings: Iterable[str]) -> str:
+    """What comes before the first of the strings."""
+    return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=len(text))]
+
+
+class EndAtString(StoppingCriteria):
+    r"""
+    Ends each response of `generate` whose text has one of the strings.
+
+    Args:
+        tokenizer ([`LLM2SLMTokenizer`]): The model's.
+        strings (`list[str]`): The strings.
+        prompt_length (`int`, *optional*, defaults to 0): Where in the ids the response begins.
+    """
+
+    def __init__(self, tokenizer: LLM2SLMTokenizer, strings: list[str], prompt_length: int = 0):
+        self.tokenizer, self.strings, self.prompt_length = tokenizer, strings, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+        """Says of each response whether it has ended."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        ended = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def set_generation(model, tokenizer, max_new_tokens: int, num_beams: int) -> list[str]:
+    """
+    Makes the model's generation configuration greedy or, with `num_beams`, beam search; its tokens remain. Its stop
+    strings are taken out and returned: [`write_responses`] looks for them.
+    """
     config = model.generation_config
+    stop = own_stop_strings(config)
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.update(
         do_sample=False,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         max_length=None,
+        stop_strings=None,
         temperature=None,
         top_p=None,
         top_k=None,
         eos_token_id=sorted({tokenizer.eos_token_id, *eos} - {None}),
         pad_token_id=tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id,
     )
+    return stop
 
 
 @torch.no_grad()
-def write_responses(model, tokenizer, batch: dict[str, torch.Tensor], stop: str | None) -> tuple[list[str], list[int]]:
+def write_responses(
+    model, tokenizer, batch: dict[str, torch.Tensor], stop: Sequence[str] = ()
+) -> tuple[list[str], list[int]]:
     r"""
     Writes a response to each prompt of a batch.
 
@@ -440,24 +505,22 @@ def write_responses(model, tokenizer, batch: dict[str, torch.Tensor], stop: str 
         model: Any of this module's.
         tokenizer ([`LLM2SLMTokenizer`]): The model's.
         batch (`dict[str, torch.Tensor]`): `input_ids` and `attention_mask`.
-        stop (`str`, *optional*): Ends a response besides the end-of-sequence token, and is no part of it.
+        stop (`Sequence[str]`, *optional*):
+            What ends a response besides the end-of-sequence token, and is no part of it.
 
     Returns:
         `tuple[list[str], list[int]]`: the responses, and how many tokens each has, its end included.
     """
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    stopping = {}
-    if stop is not None:
-        stopping["stopping_criteria"] = stop_at_strings([stop], tokenizer.slm_tokenizer)
-    ids = model.generate(**inputs, **stopping)
     is_llm2slm = model.config.model_type == "llm2slm"
     writer = model.config.slm_config if is_llm2slm else model.config
+    before = 0 if is_llm2slm else batch["input_ids"].shape[1]
     if writer.is_encoder_decoder:
-        ids = ids[:, 1:]  # the start token
-    elif not is_llm2slm:
-        ids = ids[:, batch["input_ids"].shape[1] :]
+        before = 1  # the start token
+    stopping = StoppingCriteriaList([EndAtString(tokenizer, [*stop], before)] if stop else [])
+    ids = model.generate(**inputs, stopping_criteria=stopping)[:, before:]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text if stop is None else text.partition(stop)[0] for text in texts], _count_tokens(ids, model)
+    return [cut_at(text, stop) for text in texts], _count_tokens(ids, model)
 
 
 def _count_tokens(ids, model):

@@ -147,7 +147,8 @@ def predict_latencies(runners: list[Runner], work: Workload) -> dict[str, Any]:
     counted = {r.name: costs_of(r.config) for r in runners if r.name in ("slm", "llm2slm", "llm")}
     if not counted:
         return {"machine": None, "systems": {}}
-    dtype = torch.float32 if work.dtype == "auto" else getattr(torch, work.dtype)
+    stored = next((r.config.dtype for r in runners if r.name in counted and r.config.dtype is not None), "float32")
+    dtype = getattr(torch, str(stored).removeprefix("torch.") if work.dtype == "auto" else work.dtype)
     encoder_decoder = any(costs.encoder_decoder for costs in counted.values())
     speed = measure_machine_speed(work.batch_size * work.prompt_length, dtype, work.device, encoder_decoder)
     lengths = (work.prompt_length, work.response_length)

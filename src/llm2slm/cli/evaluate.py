@@ -75,13 +75,26 @@ class Options:
     )
 
 
+def check_reads_reports(options: Options) -> None:
+    """
+    Checks that nothing is asked of a model where reports are read.
+
+    Raises:
+        ValueError: if something is.
+    """
+    reads, allowed = ("--compare", set()) if options.compare else ("--show", {"max_examples"})
+    unsaid = Options()
+    for name, value in asdict(options).items():
+        if name not in {"compare", "show", "output"} | allowed and value != getattr(unsaid, name):
+            raise ValueError(f"{reads} reads reports: it goes without --{name.replace('_', '-')}.")
+
+
 def run(options: Options) -> None:
     """Evaluates a model, or compares or shows reports; errors are those of the functions that it calls."""
     if options.compare or options.show:
         if options.compare and options.show:
             raise ValueError("--compare and --show print different things: use one of them.")
-        if options.model is not None:
-            raise ValueError(f"{'--compare' if options.compare else '--show'} reads reports: it goes without --model.")
+        check_reads_reports(options)
         check_new_file(options.output)
         if options.compare:
             text = compare_reports(options.compare)

@@ -146,24 +146,22 @@ def settings_of(options: Options, prompts: Prompts, batch_size: int) -> dict[str
 
 def model_writer_of(options: Options, prompts: Prompts):
     """Loads the checkpoint, which writes by itself."""
-    from transformers import TextStreamer
-
-    from ..language_models import load_checkpoint, response_limit, says_no_length
+    from ..language_models import load_checkpoint, own_stop_strings, response_limit, says_no_length
     from ..serving.offline import check_lengths, model_writer
+    from ..serving.response_text import PrintedResponse
 
     model, tokenizer = load_checkpoint(options.model, options.revision, options.llm, options.dtype, options.device)
     names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
     kwargs: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if says_no_length(model.generation_config):
         kwargs.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    length = kwargs.get("max_new_tokens") or response_limit(model.generation_config)
+    starts = model.config.slm_config.is_encoder_decoder  # with a token that is no part of the response
+    length = kwargs.get("max_new_tokens") or response_limit(model.generation_config, starts)
     check_lengths(prompts, tokenizer, model.config, length, options.prompt_max_length)
     if options.stream or options.do_sample:
         kwargs.setdefault("num_beams", 1)
     if options.stream:
-        # An encoder-decoder SLM's first token is its start token.
-        skip_start = model.config.slm_config.is_encoder_decoder
-        kwargs["streamer"] = TextStreamer(tokenizer, skip_prompt=skip_start, skip_special_tokens=True)
+        kwargs["streamer"] = PrintedResponse(tokenizer, own_stop_strings(model.generation_config), skips_first=starts)
     return model_writer(model, tokenizer, options.prompt_max_length, options.seed, **kwargs)
 
 

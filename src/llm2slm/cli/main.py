@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int | None:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     own_parser: argparse.ArgumentParser | None = None
     for name, summary in COMMANDS.items():
-        subparser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        description = summary[0].upper() + summary[1:] + "."
+        subparser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
         if name == command:
             subparser.add_argument("--config", metavar="FILE", help="YAML recipe with any of these options")
             module, own_parser = importlib.import_module(f"llm2slm.cli.{name}"), subparser
@@ -110,9 +111,12 @@ def _versions() -> str:
 def _with_recipe(argv: list[str], command: str, parser: argparse.ArgumentParser) -> list[str]:
     """Puts a recipe's options between the command and its own: the last of two equal options wins."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
+    finder.add_argument("--config", action="append", default=[])
+    paths = finder.parse_known_args(argv)[0].config
+    if not paths:
         return argv
+    if len(paths) > 1:
+        raise ValueError(f"--config takes one recipe, and there are {len(paths)}: {', '.join(paths)}.")
     place = argv.index(command) + 1
-    return argv[:place] + read_recipe(path, command, parser) + argv[place:]
+    # An option behind the recipe's ends a list in it, which would take the checkpoint that follows.
+    return [*argv[:place], *read_recipe(paths[0], command, parser), "--config", paths[0], *argv[place:]]

@@ -29,6 +29,7 @@ def option(
     default: Any = dataclasses.MISSING,
     metavar: str | None = None,
     at_least: int | None = None,
+    at_most: int | None = None,
     choices: Sequence[str] | None = None,
 ) -> Any:
     """
@@ -38,10 +39,10 @@ def option(
         help (`str`): One line.
         default (*optional*): Without one the option is required. A list is copied.
         metavar (`str`, *optional*): What the help calls the value.
-        at_least (`int`, *optional*): The least whole number it takes.
+        at_least, at_most (`int`, *optional*): The least and the greatest whole number it takes.
         choices (`Sequence[str]`, *optional*): What it may be, where that is no `Literal`.
     """
-    metadata = {"help": help, "metavar": metavar, "at_least": at_least, "choices": choices}
+    metadata = {"help": help, "metavar": metavar, "at_least": at_least, "at_most": at_most, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -85,7 +86,7 @@ def _add_option(parser: argparse._ActionsContainer, field: dataclasses.Field, hi
         arguments |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "yes|no"}
     else:
         least = field.metadata.get("at_least")
-        arguments["type"] = hint if least is None else _whole_number(least)
+        arguments["type"] = hint if least is None else _whole_number(least, field.metadata.get("at_most"))
         arguments["metavar"] = arguments["metavar"] or {str: "TEXT", int: "N", float: "X"}[hint]
     if is_list:
         arguments["nargs"] = "+"
@@ -125,10 +126,11 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
 
 
-def _whole_number(least: int):
+def _whole_number(least: int, most: int | None):
     def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text!r}")
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            end = "" if most is None else f" to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}{end}, got {text!r}")
         return int(text)
 
     return whole_number

@@ -53,7 +53,7 @@ class Options(RaceOptions):
     device: str | None = option(DEVICE_HELP, None, metavar="NAME")
 
     host: str = option("address to listen at; 0.0.0.0 for all, which others can reach", "127.0.0.1", metavar="ADDRESS")
-    port: int = option("0 for the first that is free from 7860 on", 7860, at_least=0)
+    port: int = option("0 for the first that is free from 7860 on", 7860, at_least=0, at_most=65535)
 
 
 def add_more_options(parser: argparse.ArgumentParser, help_only: bool) -> None:

@@ -31,7 +31,7 @@ class Options:
     device: str | None = option(DEVICE_HELP, None, metavar="NAME")
 
     host: str = option("address to listen at; 0.0.0.0 for all, which others can reach", "127.0.0.1", metavar="ADDRESS")
-    port: int = option("0 for any that is free", 8000, at_least=0)
+    port: int = option("0 for any that is free", 8000, at_least=0, at_most=65535)
     name: str | None = option("what clients call the model; the checkpoint's name if omitted", None)
     api_key: str | None = option(
         f"what clients must send as their API key; {KEY_VARIABLE} of the environment if omitted", None, metavar="KEY"

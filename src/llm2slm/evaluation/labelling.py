@@ -122,7 +122,7 @@ def label(
     model, tokenizer = load_model(llm, revision, base, dtype, device, (trained["llm"] or {}).get("name_or_path"))
     settings["weights"] = identify(model)  # a folder's may be others than when this was begun
     check_settings(work / SETTINGS, settings, work)
-    set_generation(model, tokenizer, max_new_tokens, num_beams=1)
+    own_stop = set_generation(model, tokenizer, max_new_tokens, num_beams=1)
     if do_sample:
         model.generation_config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     if chat_template and tokenizer.chat_template is None:
@@ -136,7 +136,8 @@ def label(
     open_work_folder(work, settings)
     try:
         responses = {
-            part: write_split(model, tokenizer, ids[part], stop, work, part, batch_size, seed) for part in ids
+            part: write_split(model, tokenizer, ids[part], [*own_stop, *stop], work, part, batch_size, seed)
+            for part in ids
         }
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from what is in {work}.", file=sys.stderr)
@@ -256,9 +257,9 @@ def add_examples(
     if not are_strings and tokenizer.chat_template is None:
         raise ValueError("The prompts are chats, but there is no chat template to read them with.")
     if not (shots or instruction) and (tokenizer.chat_template is None or not are_strings):
-        return prompts, None
+        return prompts, []
     texts = {split: few_shot_prompts(rows, shots, instruction, tokenizer) for split, rows in prompts.items()}
-    return texts, SHOT_SEPARATOR if tokenizer.chat_template is None else None
+    return texts, [SHOT_SEPARATOR] if tokenizer.chat_template is None else []
 
 
 def encode(texts: list, tokenizer, split: str, in_format: bool, limit: int | None = None) -> list[list[int]]:
@@ -321,7 +322,7 @@ def write_split(
     model,
     tokenizer,
     ids: list[list[int]],
-    stop: str | None,
+    stop: list[str],
     work: Path,
     split: str,
     batch_size: int,

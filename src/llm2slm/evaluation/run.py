@@ -260,7 +260,7 @@ def make_rows(
     prompt_max_length: int | None,
     max_new_tokens: int,
     in_format: bool,
-) -> tuple[list[dict[str, list[int]]], str | None]:
+) -> tuple[list[dict[str, list[int]]], list[str]]:
     """
     The pairs as `input_ids` and `labels`, and what ends a response besides the end-of-sequence token. `in_format`:
     whether the prompts already have the form that the model reads.
@@ -273,7 +273,7 @@ def make_rows(
     from ..data.collator import tokenize_pairs
     from ..language_models import SHOT_SEPARATOR, check_positions, few_shot_prompts
 
-    stop = None
+    stop: list[str] = []
     if shots or instruction:
         if model.config.model_type == "llm2slm":
             raise ValueError("--few-shot and --instruction are for a model by itself, not for LLM-to-SLM.")
@@ -283,7 +283,7 @@ def make_rows(
             raise ValueError("--few-shot and --instruction are for prompts that are strings, not chats.")
         prompts = few_shot_prompts(dataset["prompt"][:], shots, instruction, tokenizer)
         dataset = Dataset.from_dict({"prompt": prompts, "completion": dataset["completion"][:]})
-        stop = SHOT_SEPARATOR if tokenizer.chat_template is None else None
+        stop = [SHOT_SEPARATOR] if tokenizer.chat_template is None else []
     cut = prompt_max_length or sys.maxsize
     rows = tokenize_pairs(dataset, tokenizer, cut, sys.maxsize, truncate=True, apply_prompt_format=not in_format)
     rows = rows.select_columns(["input_ids", "labels"]).to_list()
@@ -297,9 +297,7 @@ def make_rows(
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
-def measure(
-    model, tokenizer, rows: list[dict], stop: str | None, batch_size: int, max_new_tokens: int, num_beams: int
-):
+def measure(model, tokenizer, rows: list[dict], stop: list[str], batch_size: int, max_new_tokens: int, num_beams: int):
     """The responses, and the report's `loss`, `speed`, `costs` and, for LLM-to-SLM, `shuffled_states`."""
     from ..language_models import set_generation
     from .shuffled_states import shuffle_among_like
@@ -312,7 +310,7 @@ def measure(
         loss, shuffled = measured["loss"], held_out_loss(model, tokenizer, rows, order, batch_size, donors)
         increase = shuffled / loss - 1 if loss else None
         measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": increase}
-    set_generation(model, tokenizer, max_new_tokens, num_beams)
+    stop = [*stop, *set_generation(model, tokenizer, max_new_tokens, num_beams)]
     responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, batch_size, stop)
     measured["costs"] = count_costs(model.config, rows, measured["speed"], num_beams)
     return responses, measured
@@ -358,7 +356,7 @@ def held_out_loss(
     return total / sum(len(row["labels"]) for row in rows)
 
 
-def write_all_responses(model, tokenizer, rows: list[dict], order: list[int], batch_size: int, stop: str | None):
+def write_all_responses(model, tokenizer, rows: list[dict], order: list[int], batch_size: int, stop: list[str]):
     """The responses in the order of `rows`, and the speed as the report has it."""
     from ..data.collator import DataCollatorForLLM2SLM
     from ..language_models import write_responses

@@ -23,9 +23,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..decoding_llm2slm import is_compiled
+from ..language_models import end_tokens, find_too_long
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .response_text import ResponseText, end_tokens
+from .response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 
@@ -386,8 +387,7 @@ class Batcher:
     @torch.no_grad()
     def _compile_steps(self) -> None:
         """Makes the compiled steps. The first length is compiled for itself, the second for all longer ones."""
-        longest = self.positions or 1024
-        lengths = [length for length in (2, 300) if length + 2 <= longest]
+        lengths = [length for length in (2, 300) if not find_too_long(self.model.config, [(length, 2)])]
         for rows in FAST_ROWS:
             for length in lengths:
                 if self._closing:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from transformers.utils import cached_file
 
+from ..language_models import check_folder
+
 CARD = "README.md"
 PROMPT_OF_THE_SNIPPET = re.compile(r'^prompt = (".*")$', re.MULTILINE)  # as `llm2slm card` writes it
 
@@ -36,9 +38,13 @@ def read_card(checkpoint: str, revision: str | None = None) -> CheckpointCard:
     Args:
         checkpoint (`str`): A folder, or a name on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of its repository.
+
+    Raises:
+        OSError: if there is no such folder.
     """
     from huggingface_hub import ModelCard
 
+    check_folder(checkpoint)
     path = cached_file(
         checkpoint,
         CARD,

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, TextIO
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import StoppingCriteriaList, set_seed
 
-from ..language_models import TooLong, find_too_long
+from ..language_models import EndAtString, TooLong, end_tokens, find_too_long, own_stop_strings
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import check_new_file, write_json
 from .prompt_files import Prompts, Row, parquet_schema, write_parquet
-from .response_text import ResponseText, end_tokens, own_stop_strings
+from .response_text import ResponseText
 
 
 class Answer(NamedTuple):
@@ -33,6 +33,7 @@ class Answer(NamedTuple):
     num_tokens: int
 
 
+OWN_COLUMNS = ("response", "finish_reason")  # of the output, besides those of the prompts
 NO_ANSWER = Answer("", None, 0)  # to an empty prompt
 
 # Takes prompts, the number of each one's row, and what is told of the tokens of each response when it is written.
@@ -50,14 +51,18 @@ class Output:
         batch_size (`int`): Prompts that are answered at a time.
 
     Raises:
-        ValueError: if the columns do not go into Parquet.
+        ValueError: if the columns do not go into Parquet, or one has a name of the output's own.
     """
 
     def __init__(self, path: str, prompts: Prompts, settings: dict[str, Any], batch_size: int):
         self.path, self.settings, self.batch_size = path, settings, batch_size
         self.schema = None
+        if taken := [name for name in OWN_COLUMNS if any(name in row for row in prompts.rows())]:
+            raise ValueError(
+                f"The prompts have a column `{taken[0]}`, where the output has its own: give it another name."
+            )
         if path.lower().endswith(".parquet"):
-            texts = {"response": "", "finish_reason": ""}
+            texts = dict.fromkeys(OWN_COLUMNS, "")
             self.schema = parquet_schema(({**row, **texts} for row in prompts.rows()), path)
 
     @contextmanager
@@ -205,11 +210,11 @@ def write_all(
             file=sys.stderr,
         )
     if cut:
-        print(f"{cut} of {prompts.number} responses were cut at their limit: see --max-new-tokens.", file=sys.stderr)
+        print(f"{cut} of {written} responses were cut at their limit: see --max-new-tokens.", file=sys.stderr)
 
 
 def _line(row: Row, answer: Answer) -> str:
-    columns = {**row, "response": answer.response, "finish_reason": answer.finish_reason}
+    columns = row | dict(zip(OWN_COLUMNS, (answer.response, answer.finish_reason), strict=True))
     return json.dumps(columns, ensure_ascii=False) + "\n"
 
 
@@ -260,10 +265,12 @@ def generate_batch(
     inputs = tokenizer(prompts, padding=True, return_tensors="pt", **truncation).to(model.device)
     # As the server does: one response to each prompt, in whose text the stop strings are looked for.
     one: dict[str, Any] = {"stop_strings": None, "num_return_sequences": 1, "return_dict_in_generate": False}
+    ends, stop = end_tokens(model), own_stop_strings(model.generation_config)
+    if stop:
+        one["stopping_criteria"] = StoppingCriteriaList([EndAtString(tokenizer, stop)])
     ids = model.generate(**inputs, **one, **generate_kwargs)
     if model.config.slm_config.is_encoder_decoder:
         ids = ids[:, 1:]  # the start token, which may be the end token too
-    ends, stop = end_tokens(model), own_stop_strings(model)
     return [_answer(row, tokenizer, ends, stop) for row in ids.tolist()]
 
 

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import cached_file
 
 from ..language_models import (
+    EndAtString,
     check_positions,
+    cut_at,
     few_shot_prompts,
     find_too_long,
     load_checkpoint,
@@ -75,7 +77,9 @@ class Racer:
         generate (`Callable`): Writes one response, with these and a `streamer`.
         tokenizer: Of what it writes.
         skips_first (`bool`): Whether the first that its streamer gets is the prompt, or a start token.
+        goes_on (`bool`): Whether its ids are the prompt's and then the response's.
         ends (`list[int]`): The tokens that end a response.
+        stop (`list[str]`): The strings that do.
         max_new_tokens (`int`): Tokens of a response at most.
     """
 
@@ -85,7 +89,9 @@ class Racer:
     generate: Callable[..., Any]
     tokenizer: Any
     skips_first: bool
+    goes_on: bool
     ends: list[int]
+    stop: list[str]
     max_new_tokens: int
 
     def check(self, prompt: str) -> dict[str, torch.Tensor]:
@@ -113,6 +119,9 @@ class Racer:
         yield Progress()
         streamer, left = _Watch(self.tokenizer, self.skips_first), threading.Event()
         stopping = StoppingCriteriaList([_Left(left)])
+        if self.stop:
+            before = inputs["input_ids"].shape[1] if self.goes_on else 0
+            stopping.append(EndAtString(self.tokenizer, self.stop, before))
         thread = threading.Thread(target=streamer.watch, args=(self.generate, inputs, stopping), daemon=True)
         text, last_look = "", 0.0
         thread.start()
@@ -127,7 +136,9 @@ class Racer:
                 raise streamer.error
             tokens = len(streamer.times)
             is_cut = tokens >= self.max_new_tokens and streamer.last_token not in self.ends
-            yield replace(streamer.progress(text), seconds=streamer.times[-1] if tokens else 0.0, is_cut=is_cut)
+            shown = cut_at(text, self.stop)
+            is_cut = is_cut and shown == text
+            yield replace(streamer.progress(shown), seconds=streamer.times[-1] if tokens else 0.0, is_cut=is_cut)
         finally:
             left.set()
             thread.join()
@@ -206,13 +217,13 @@ def load_race(
         raise ValueError("The lossless mode writes without --instruction: leave out one of them.")
     pair, tokenizer = load_checkpoint(checkpoint, revision, llm, dtype, device)
     if max_new_tokens is None:
-        max_new_tokens = response_limit(pair.generation_config)
-    set_generation(pair, tokenizer, max_new_tokens, num_beams=1)
+        max_new_tokens = response_limit(pair.generation_config, pair.config.slm_config.is_encoder_decoder)
+    pair_stop, llm_stop = set_generation(pair, tokenizer, max_new_tokens, num_beams=1), []
     whole_llm: Any = None
     llm_tokenizer = tokenizer
     if "llm" in systems or "lossless" in systems:
         whole_llm, llm_tokenizer = _load_llm(pair, tokenizer, llm, adapter, instruction)
-        set_generation(whole_llm, llm_tokenizer, max_new_tokens, num_beams=1)
+        llm_stop = set_generation(whole_llm, llm_tokenizer, max_new_tokens, num_beams=1)
     elif adapter is not None or instruction is not None:
         raise ValueError("--adapter and --instruction are about the LLM: add 'llm' to --systems.")
 
@@ -239,7 +250,11 @@ def load_race(
 
     def make(name, models, reads, writes, writers_tokenizer, skips_first) -> Racer:
         configs, ends = [model.config for model in models], models[0].generation_config.eos_token_id
-        return Racer(titles[name], configs, reads, writes, writers_tokenizer, skips_first, ends, max_new_tokens)
+        stop, goes_on = (
+            (pair_stop, False) if models[0] is pair else (llm_stop, not whole_llm.config.is_encoder_decoder)
+        )
+        how = (skips_first, goes_on, ends, stop, max_new_tokens)
+        return Racer(titles[name], configs, reads, writes, writers_tokenizer, *how)
 
     makers: dict[str, Callable[[], Racer]] = {
         "llm": lambda: make("llm", [whole_llm], read_with_llm, whole_llm.generate, llm_tokenizer, True),

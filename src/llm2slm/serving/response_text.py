@@ -1,20 +1,9 @@
 """The text of a response while its tokens come in: as much of it as can be shown, and where it stops."""
 
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+import torch
+from transformers.generation.streamers import BaseStreamer
+
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-
-
-def end_tokens(model: LLM2SLMForConditionalGeneration) -> list[int]:
-    """The tokens that end a response. What the config of the pair leaves open, `generate` takes from the SLM's."""
-    ends = model.generation_config.eos_token_id
-    ends = model.slm.generation_config.eos_token_id if ends is None else ends
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
-
-
-def own_stop_strings(model: LLM2SLMForConditionalGeneration) -> list[str]:
-    """The strings at which the model's generation config ends a response."""
-    strings = model.generation_config.stop_strings
-    return [strings] if isinstance(strings, str) else strings or []
 
 
 class ResponseText:
@@ -78,3 +67,36 @@ class ResponseText:
 def _begun(text: str, string: str) -> int:
     """How many characters at the end of `text` are a beginning of `string`."""
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+class PrintedResponse(BaseStreamer):
+    r"""
+    Prints a response while `generate` writes it, up to its stop string.
+
+    Args:
+        tokenizer ([`LLM2SLMTokenizer`]): The checkpoint's.
+        stop (`list[str]`): The strings that end the response.
+        skips_first (`bool`): Whether the first token is a start token.
+    """
+
+    def __init__(self, tokenizer: LLM2SLMTokenizer, stop: list[str], skips_first: bool):
+        self.tokenizer, self.stop, self.skips_first = tokenizer, stop, skips_first
+        self._begin()
+
+    def _begin(self) -> None:
+        self.text, self.skips = ResponseText(self.tokenizer, self.stop, streamed=True), self.skips_first
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes new tokens; the first are a decoder-only SLM's prompt, which is none, or a start token."""
+        for token in value.flatten().tolist():
+            if self.skips:
+                self.skips = False
+            elif not self.text.stopped:
+                self.text.add(token)
+        print(self.text.take(), end="", flush=True)
+
+    def end(self) -> None:
+        """Prints what was held back. The next tokens are another response's."""
+        self.text.end()
+        print(self.text.take(), flush=True)
+        self._begin()

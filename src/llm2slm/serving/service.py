@@ -12,14 +12,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import EpsilonLogitsWarper, EtaLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper
 
-from ..language_models import find_too_long, response_limit
+from ..language_models import find_too_long, own_stop_strings, response_limit
 from ..loading_llm2slm import max_positions
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from .batching import Batcher, Encoding, QueueFull, Response, Sampling, Waiting
 from .metrics import Metrics
 from .requests import ChatRequest, GenerationRequest, Message, RequestError
-from .response_text import ResponseText, own_stop_strings
+from .response_text import ResponseText
 
 logger = logging.getLogger(__name__)
 
@@ -207,10 +207,10 @@ class Service:
         held = (self.limits.prompt_tokens, max_positions(llm), self.slm_positions)
         self.prompt_tokens = min(limit for limit in held if limit is not None)
         own = model.generation_config
-        self.default_tokens = response_limit(own)
+        self.default_tokens = response_limit(own, slm.is_encoder_decoder)
         check_served(own)
         self.default_sampling = read_sampling(own, model.device)
-        self.own_stop = own_stop_strings(model)
+        self.own_stop = own_stop_strings(own)
         self.metrics = Metrics(lambda: self.batcher.num_waiting, lambda: max(self.batcher.fast_rows, default=0))
         self.batcher = Batcher(model, self.limits.batch_size, self.limits.queue, fast, self.metrics.note_batch)
 

@@ -15,14 +15,14 @@ from .offline import Answer, Writer, check_lengths
 from .prompt_files import Prompts
 
 TOP_K = 50  # Transformers', of a checkpoint that samples and does not say
-# Of a generation config: what vLLM does not do, or not as `generate` does, and the values that ask for nothing.
-NOT_SERVED = (
-    *("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length"),
-    *("min_new_tokens", "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens"),
-    *("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p", "exponential_decay_length_penalty", "watermarking_config"),
-    *("max_time", "guidance_scale", "encoder_repetition_penalty"),
-)
-NOTHING: tuple = (None, 0, 1.0, [], {})
+# Of a generation config: what vLLM does not do, or not as `generate` does, with the value by which it says nothing.
+NOT_SERVED: dict[str, Any] = {
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "typical_p"), 1),
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "max_time")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "stop_strings")),
+    **dict.fromkeys(("suppress_tokens", "top_h", "watermarking_config")),
+}
 
 
 @dataclass
@@ -139,8 +139,8 @@ def sampling_params(own: GenerationConfig, choice: Choice) -> dict[str, Any]:
     Raises:
         ValueError: if that asks for what vLLM does not do.
     """
-    for name in NOT_SERVED:
-        if (value := getattr(own, name, None)) not in NOTHING:
+    for name, off in NOT_SERVED.items():
+        if (value := getattr(own, name, None)) not in (None, off, [], {}):
             raise ValueError(
                 f"The checkpoint's generation config says `{name}` {value!r}, which --engine vllm does not do: leave "
                 "it out."
@@ -148,7 +148,7 @@ def sampling_params(own: GenerationConfig, choice: Choice) -> dict[str, Any]:
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     params: dict[str, Any] = {
         "temperature": 0.0,
-        "max_tokens": response_limit(own),
+        "max_tokens": response_limit(own, is_encoder_decoder=False),
         "repetition_penalty": own.repetition_penalty or 1.0,
         # The ends that `generate` knows, and not those that vLLM finds besides.
         "ignore_eos": True,

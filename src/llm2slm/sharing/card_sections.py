@@ -52,13 +52,13 @@ def describe_use(
         unsaid = way_of_writing(folder) if is_llm2slm else {"num_beams": 1}
         generation = {name: value for name, value in generation.items() if value != unsaid.get(name)}
     model = json.dumps(model)
-    given = f"prompt = {json.dumps(prompt, ensure_ascii=False)}"
+    given = f"prompt = {quote_argument(prompt)}"
     options = "".join(f", {name}={value}" for name, value in generation.items())
     if is_llm2slm:
-        given = f"prompt = {json.dumps(without_format(prompt, folder), ensure_ascii=False)}"
+        given = f"prompt = {quote_argument(without_format(prompt, folder))}"
         where, snippet = use_pipeline(folder, bases, model, given, options)
     else:
-        where, snippet = "", use_auto_class(trained["arm"], task, model, given, options)
+        where, snippet = "", use_auto_class(trained["arm"], task, model, given, options, isinstance(prompt, list))
     return {"where_the_llm_is": where, "snippet": f"```python\n{snippet}\n```", "example": example}
 
 
@@ -69,8 +69,15 @@ def choose_examples(path: str, report: dict[str, Any], number: int = 1) -> list[
     return short[:: -(-len(short) // number)]
 
 
-def without_format(prompt: str, folder: Path) -> str:
-    """The text of a prompt in the form of the training, which the tokenizer brings it into again."""
+def quote_argument(prompt: str | list) -> str:
+    """A prompt, or a chat, as Python code."""
+    return json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, str) else repr(prompt)
+
+
+def without_format(prompt: str | list, folder: Path) -> str | list:
+    """The text of a prompt in the form of the training, which the tokenizer brings it into again. A chat has none."""
+    if not isinstance(prompt, str):
+        return prompt
     prompt_format = read_json(str(folder / "config.json")).get("prompt_format") or "{prompt}"
     before, behind = prompt_format.format(prompt="\0").split("\0")[:2]
     return prompt.removeprefix(before).removesuffix(behind)
@@ -125,7 +132,7 @@ def use_pipeline(folder: Path, bases: dict[str, str], model: str, given: str, op
     return where + "\n\n", "\n".join(lines)
 
 
-def use_auto_class(arm: str, task: str, model: str, given: str, options: str) -> str:
+def use_auto_class(arm: str, task: str, model: str, given: str, options: str, is_chat: bool = False) -> str:
     """How a language model or its adapter is called."""
     is_causal = task == "text-generation"
     auto_class = f"Auto{'Peft' if arm == 'llm' else ''}ModelFor{'CausalLM' if is_causal else 'Seq2SeqLM'}"
@@ -133,6 +140,9 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
     if arm == "llm":
         imports = [f"from peft import {auto_class}", "from transformers import AutoTokenizer"]
     response = 'ids[0, inputs["input_ids"].shape[1] :]' if is_causal else "ids[0]"
+    call, options_of_call = "tokenizer", "return_token_type_ids=False"
+    if is_chat:
+        call, options_of_call = "tokenizer.apply_chat_template", "add_generation_prompt=True, return_dict=True"
     return "\n".join(
         [
             *imports,
@@ -140,7 +150,7 @@ def use_auto_class(arm: str, task: str, model: str, given: str, options: str) ->
             f"tokenizer = AutoTokenizer.from_pretrained({model})",
             f"model = {auto_class}.from_pretrained({model})",
             given,
-            'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)',
+            f'inputs = {call}(prompt, return_tensors="pt", {options_of_call})',
             f"ids = model.generate(**inputs{options})",
             f"print(tokenizer.decode({response}, skip_special_tokens=True))",
         ]

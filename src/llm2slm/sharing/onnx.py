@@ -24,7 +24,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..inputs_llm2slm import CACHE
-from ..language_models import response_limit
+from ..language_models import end_tokens, response_limit
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import check_new_file
@@ -66,6 +66,7 @@ def export_onnx(
         ValueError: if the SLM is none of those that are exported, or too large for one file.
     """
     _check_slm(model.slm, bits)
+    folder = Path(folder)
     check_new_file(folder)
     try:
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
@@ -96,14 +97,14 @@ def export_onnx(
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             side, layer, kind = match.groups()
             value.name = f"{'past_key_values' if side == 'input' else 'present'}.{layer}.{kind}"
-    part = Path(f"{os.fspath(folder)}.part")
+    part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of an export that was interrupted
     shutil.copytree(PAGE, part)
     onnx_ir.save(slm, part / SLM_FILE)
     onnx_ir.save(embed.model, part / EMBEDDINGS_FILE)
     _write_settings(model, tokenizer, part)
     os.replace(part, folder)
-    return Path(folder)
+    return folder
 
 
 def _check_slm(slm: PreTrainedModel, bits: int) -> None:
@@ -161,10 +162,10 @@ def _write_settings(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTo
     config, own = model.slm.config, model.generation_config
     config.save_pretrained(folder)
     GenerationConfig(
-        eos_token_id=own.eos_token_id,
+        eos_token_id=end_tokens(model) or None,
         bos_token_id=own.bos_token_id,
         pad_token_id=own.pad_token_id,
-        max_new_tokens=response_limit(own),
+        max_new_tokens=response_limit(own, is_encoder_decoder=False),
     ).save_pretrained(folder)
     tokenizer.slm_tokenizer.save_pretrained(folder)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..language_models import end_tokens
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
 from ..utils import check_new_file
@@ -27,10 +28,10 @@ def export_slm(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokeniz
     Raises:
         OSError: if the folder exists, or cannot be written.
     """
+    folder = Path(folder)
     check_new_file(folder)
-    part = Path(f"{os.fspath(folder)}.part")
-    if part.exists():
-        shutil.rmtree(part)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was interrupted
     own, model.slm.generation_config = model.slm.generation_config, _generation_config(model)
     try:
         model.slm.save_pretrained(part)
@@ -42,12 +43,13 @@ def export_slm(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokeniz
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that both major versions of Transformers know
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, folder)
-    return Path(folder)
+    return folder
 
 
 def _generation_config(model: LLM2SLMForConditionalGeneration):
     """The checkpoint's, whose length is the response's; a decoder-only SLM would count the prompt in `max_length`."""
     config = copy.deepcopy(model.generation_config)
+    config.eos_token_id = end_tokens(model) or None
     if not model.config.slm_config.is_encoder_decoder:
         config.decoder_start_token_id = None
         if config.max_new_tokens is None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..utils import read_json
-from .card import hub_name, is_hub_name
+from .card import UNWRITTEN, hub_name, is_hub_name
 
 CARD, CONFIG, ADAPTER_CONFIG, LLM_TOKENIZER = "README.md", "config.json", "adapter_config.json", "llm_tokenizer"
 # What a checkpoint is made of, by the ends of its files' names; a training's other files are its own affair.
@@ -22,8 +22,8 @@ NAMES = (
     "vocab.json",
     "vocab.txt",
 )
-# What stands in cards that tell nothing: save_pretrained's, the Trainer's and PEFT's.
-UNWRITTEN = ('model="<this repository>"', "has been automatically generated", "[More Information Needed]")
+# What stands in cards that tell nothing: those of programs, and PEFT's.
+NOT_TOLD = (*UNWRITTEN, "[More Information Needed]")
 
 
 def push(
@@ -89,7 +89,7 @@ def find_files(folder: Path) -> list[str]:
     if not any(name.endswith(".safetensors") for name in files):
         raise FileNotFoundError(f"{str(folder)!r} is not the folder of a model: it has no weights (.safetensors).")
     card = folder / CARD
-    if not card.is_file() or any(mark in card.read_text(encoding="utf-8") for mark in UNWRITTEN):
+    if not card.is_file() or any(mark in card.read_text(encoding="utf-8") for mark in NOT_TOLD):
         raise ValueError(f"{folder} has no card of this model: write one with `llm2slm card --run {folder}`.")
     llm_tokenizer = [path for path in (folder / LLM_TOKENIZER).glob("*") if path.is_file() and is_models(path.name)]
     return sorted([*files, *(f"{LLM_TOKENIZER}/{path.name}" for path in llm_tokenizer)])
