@@ -111,6 +111,19 @@ def test_no_text_shares_eight_words_in_a_row_with_what_is_learned_from(packages,
     assert one["prompt"] not in found and other["prompt"] in found
 
 
+def test_paragraphs_that_are_not_tested_are_prompts_to_label(packages, tmp_path):
+    learned = save(tmp_path / "learned", train=[{"prompt": "One.", "completion": "Uno."}])
+    data = build_outside.build(tmp_path, "translate", "it", [learned])
+    assert data["train"].column_names == ["prompt"]
+    assert data["train"]["prompt"][:] == [ENGLISH["desc"]]  # all others are tested
+    text = ENGLISH["desc"].replace("rings", "sings")  # near-identical to what is tested now
+    for language, texts, desc in (("C", ENGLISH, text), ("it", ITALIAN, "Così il bollitore canta molto forte.")):
+        path = packages / "usr/share/help" / language / "help" / "more.page"
+        path.write_text(PAGE.format(**texts | {"desc": desc}), encoding="utf-8")
+    data = build_outside.build(tmp_path, "translate", "it", [learned])
+    assert text in data["test"]["prompt"][:] and len(data["train"]) == 0
+
+
 def test_sentences_that_are_not_tested_share_no_run_with_those_that_are(monkeypatch):
     monkeypatch.setattr(build_outside, "NUM_QUESTIONS", 3)
     monkeypatch.setattr(build_outside, "NUM_STATEMENTS", 4)

@@ -24,9 +24,9 @@ Choices made here:
   or completion, whatever its split.
 - *Sentences.* Many of WordNet's examples are phrases ("milk in a heavy mug"): those are kept that begin as sentences
   do. They get the capital and the full stop that most of them lack. A third of those tested are questions.
-- *Which.* By the hash of the text, as in `splits.py`. Sentences that are not tested are the split `train`, prompts for
-  `llm2slm label`, of which none shares eight words in a row with a tested one. Who trains on them tests on others of
-  their kind, no longer outside.
+- *Which.* By the hash of the text, as in `splits.py`. Sentences and paragraphs that are not tested are the split
+  `train`, prompts for `llm2slm label`. None shares eight words in a row with a tested text. Who trains on them tests
+  on others of their kind, no longer outside.
 - *Pages.* Translations keep a page's elements, so texts are aligned by their place. Text that is still English is
   dropped, as is what is short or no sentence.
 """
@@ -202,6 +202,12 @@ def translation_pairs(folder: Path, language: str) -> list[dict[str, str]]:
     return list(rows.values())
 
 
+def paragraphs(folder: Path) -> list[dict[str, str]]:
+    """The English texts of all pages, each once."""
+    texts = [text_of(element) for root in read_pages(folder, "C").values() for _, element in places_of_text(root)]
+    return [{"prompt": text} for text in dict.fromkeys(texts) if is_sentence(text, PARAGRAPH_WORDS)]
+
+
 def summary_pairs(folder: Path) -> list[dict[str, str]]:
     """The prose of each page, from its beginning, with the line that is said of it."""
     rows = []
@@ -245,8 +251,8 @@ def build(packages: Path, task: str, language: str | None = None, apart_from: li
             Data sets with whose texts no text of the result shares a run of eight words.
 
     Returns:
-        `DatasetDict` with the split `test`, and with `train` too for `"sentences"`; the column `prompt`, and
-        `completion` and `page` for the other tasks, all strings.
+        `DatasetDict` with the split `test`, and with `train`, prompts alone, for `"sentences"` and `"translate"`; the
+        column `prompt`, and in `test` `completion` and `page` for the other tasks, all strings.
     """
     learned = [text for path in apart_from or [] for text in texts_of(load_from_disk(str(path)).values())]
     names = SENTENCES if task == "sentences" else PAGES
@@ -257,7 +263,7 @@ def build(packages: Path, task: str, language: str | None = None, apart_from: li
         elif task == "summarize":
             found = summary_pairs(Path(aside))
         else:
-            found = translation_pairs(Path(aside), language)
+            found, more = translation_pairs(Path(aside), language), paragraphs(Path(aside))
     rows = drop_sharing(found, learned)
     kept = drop_near_identical(rows)
     print(f"{len(found):,} found, {len(found) - len(rows):,} share {RUN} words in a row with the data sets named")
@@ -265,7 +271,12 @@ def build(packages: Path, task: str, language: str | None = None, apart_from: li
     if task == "sentences":
         data = split_sentences(kept)
     else:
-        data = DatasetDict({"test": Dataset.from_list(choose(kept, NUM_PAIRS))})
+        test = choose(kept, NUM_PAIRS)
+        data = DatasetDict({"test": Dataset.from_list(test)})
+        if task == "translate":
+            more = drop_sharing(more, [*learned, *texts_of([data["test"]])])
+            more = drop_near_identical(more, beside=data["test"]["prompt"])
+            data["train"] = Dataset.from_list(more)
     for split, dataset in data.items():
         dataset.info.description = f"Made by build_outside.py --task {task} from {', '.join(sources)}"
         print(f"{split}: {len(dataset):,}")
