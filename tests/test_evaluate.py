@@ -21,7 +21,7 @@ from llm2slm.data.collator import DataCollatorForLLM2SLM
 from llm2slm.data.pairs import hash_texts, load_pairs, part_sizes
 from llm2slm.evaluation.reports import describe_increase, read_report, score_table
 from llm2slm.evaluation.shuffled_states import shuffle_among_like, states_of_others
-from llm2slm.language_models import EndAtString, few_shot_prompts, load_model
+from llm2slm.language_models import EndAtString, cut_at, few_shot_prompts, load_model
 from llm2slm.loading_llm2slm import load_slm
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w3 w3 w7", "w2 w1", "w20 w21 w22"]
@@ -210,6 +210,23 @@ def test_each_value_of_a_column_gets_the_report_of_its_own_data_set(options, fol
         is None
     )
     assert "| llm2slm_llama | +0.0 [+0.0, +0.0], p = 1.000 |" in capsys.readouterr().out
+
+
+def test_stop_strings_of_the_model_end_the_responses_to_each_value(folders, tasks, tmp_path):
+    def responses(model) -> list[list[str]]:
+        evaluate("--model", model, "--data", tasks, "--by", "task", "--output", tmp_path / f"{Path(model).name}.json")
+        texts = [read(tmp_path / f"{Path(model).name}-{value}.json")[1] for value in ("copy", "turn-it")]
+        return [[row["response"] for row in rows] for rows in texts]
+
+    whole = responses(folders["llm2slm_llama"])
+    stop = sorted({max(text.split(), key=len) for texts in whole for text in texts if text})
+    model = LLM2SLMForConditionalGeneration.from_pretrained(folders["llm2slm_llama"])
+    model.generation_config.stop_strings = stop
+    shutil.copytree(folders["llm2slm_llama"], tmp_path / "stops")
+    model.generation_config.save_pretrained(tmp_path / "stops")
+    ended = responses(tmp_path / "stops")
+    assert ended == [[cut_at(text, stop) for text in texts] for texts in whole]
+    assert all(cut != texts for cut, texts in zip(ended, whole, strict=True))
 
 
 def test_each_value_of_a_column_is_shown_its_own_examples(folders, tasks, tmp_path):

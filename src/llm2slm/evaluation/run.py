@@ -72,7 +72,7 @@ def evaluate(
     check_outputs([output])
     check_installed("Evaluation", "datasets", "rouge_score", "sacrebleu")
     from ..data import pairs
-    from ..language_models import choose_device, load_model
+    from ..language_models import choose_device, load_model, set_generation
     from ..training.run_folder import prompt_limit, read_run
 
     choose_device(device)  # one that is not there is said before anything is read
@@ -127,12 +127,14 @@ def evaluate(
         )
         for value, dataset in groups.items()
     }
+    own_stop = set_generation(loaded, tokenizer, max_new_tokens, num_beams)
     reports = []
     for value, dataset in groups.items():
         if by:
             print(f"{by} {value}: {len(dataset):,} pairs")
         references = [text if isinstance(text, str) else text[0]["content"] for text in dataset["completion"]]
-        responses, measured = measure(loaded, tokenizer, *rows[value], batch_size, max_new_tokens, num_beams)
+        examples, stop = rows[value]
+        responses, measured = measure(loaded, tokenizer, examples, [*stop, *own_stop], batch_size, num_beams)
         report = {
             "system": system_name(model, few_shot, num_beams) + (f", {value}" if by else ""),
             "model": model,
@@ -297,9 +299,8 @@ def make_rows(
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
-def measure(model, tokenizer, rows: list[dict], stop: list[str], batch_size: int, max_new_tokens: int, num_beams: int):
+def measure(model, tokenizer, rows: list[dict], stop: list[str], batch_size: int, num_beams: int):
     """The responses, and the report's `loss`, `speed`, `costs` and, for LLM-to-SLM, `shuffled_states`."""
-    from ..language_models import set_generation
     from .shuffled_states import shuffle_among_like
 
     # Prompts of like length share a batch; the longest first, so that what does not fit fails at once.
@@ -310,7 +311,6 @@ def measure(model, tokenizer, rows: list[dict], stop: list[str], batch_size: int
         loss, shuffled = measured["loss"], held_out_loss(model, tokenizer, rows, order, batch_size, donors)
         increase = shuffled / loss - 1 if loss else None
         measured["shuffled_states"] = {"loss": loss, "shuffled_loss": shuffled, "increase": increase}
-    stop = [*stop, *set_generation(model, tokenizer, max_new_tokens, num_beams)]
     responses, measured["speed"] = write_all_responses(model, tokenizer, rows, order, batch_size, stop)
     measured["costs"] = count_costs(model.config, rows, measured["speed"], num_beams)
     return responses, measured
