@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from llm2slm.cli import main as cli
 from llm2slm.sharing.card import PROMPTS_TO_TRY, find_bases, order_reports, read_licence
-from llm2slm.sharing.card_sections import data_hub_name, data_name, quote_argument, use_auto_class, without_format
+from llm2slm.sharing.card_sections import data_hub_name, data_name, quote_argument, use_auto_class
 
 LLM = "tester/llm"
 pytestmark = pytest.mark.xdist_group("card")  # each worker would train and evaluate anew
@@ -343,9 +343,8 @@ def test_of_reports_of_models_with_one_name_the_folders_own_is_taken(files, run,
     ]
 
 
-def test_a_model_that_learned_from_chats_is_asked_in_one(run):
+def test_a_model_that_learned_from_chats_is_asked_in_one():
     chat = [{"role": "user", "content": "Hé"}]
-    assert without_format(chat, run) is chat
     given = f"prompt = {quote_argument(chat)}"
     snippet = use_auto_class("slm", "text-generation", '"me/slm"', given, "", is_chat=True)
     assert "apply_chat_template(prompt, return_tensors" in snippet and "{'role': 'user', 'content': 'Hé'}" in snippet

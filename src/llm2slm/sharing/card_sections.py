@@ -55,7 +55,8 @@ def describe_use(
     given = f"prompt = {quote_argument(prompt)}"
     options = "".join(f", {name}={value}" for name, value in generation.items())
     if is_llm2slm:
-        given = f"prompt = {quote_argument(without_format(prompt, folder))}"
+        if isinstance(prompt, str):  # the form of a chat is the template's
+            given = f"prompt = {quote_argument(without_format(prompt, folder))}"
         where, snippet = use_pipeline(folder, bases, model, given, options)
     else:
         where, snippet = "", use_auto_class(trained["arm"], task, model, given, options, isinstance(prompt, list))
@@ -74,10 +75,8 @@ def quote_argument(prompt: str | list) -> str:
     return json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, str) else repr(prompt)
 
 
-def without_format(prompt: str | list, folder: Path) -> str | list:
-    """The text of a prompt in the form of the training, which the tokenizer brings it into again. A chat has none."""
-    if not isinstance(prompt, str):
-        return prompt
+def without_format(prompt: str, folder: Path) -> str:
+    """The text of a prompt in the form of the training, which the tokenizer brings it into again."""
     prompt_format = read_json(str(folder / "config.json")).get("prompt_format") or "{prompt}"
     before, behind = prompt_format.format(prompt="\0").split("\0")[:2]
     return prompt.removeprefix(before).removesuffix(behind)
