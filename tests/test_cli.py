@@ -669,7 +669,9 @@ def test_parquet_is_read_and_written_row_by_row_and_gone_on_with(checkpoints, tm
     assert [row["finish_reason"] is None for row in plain] == [False, True, False, False]
     with_all = [{"id": None, "tags": None, "prompt": None, "2024-01-02": None, **row} for row in plain]
     assert written("p.jsonl", "r.parquet", in_two=True) == with_all
-    assert written("r.parquet", "again.jsonl") == with_all
+    prompts = parquet.read_table(tmp_path / "r.parquet").drop_columns(["response", "finish_reason"])
+    parquet.write_table(prompts, tmp_path / "p.parquet")
+    assert written("p.parquet", "again.jsonl") == with_all
     assert not list(tmp_path.glob("*.part*"))
 
 
