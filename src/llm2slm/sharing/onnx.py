@@ -162,7 +162,7 @@ def _write_settings(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTo
     config, own = model.slm.config, model.generation_config
     config.save_pretrained(folder)
     GenerationConfig(
-        eos_token_id=end_tokens(model) or None,
+        eos_token_id=own.eos_token_id if own.eos_token_id is not None else end_tokens(model) or None,
         bos_token_id=own.bos_token_id,
         pad_token_id=own.pad_token_id,
         max_new_tokens=response_limit(own, is_encoder_decoder=False),

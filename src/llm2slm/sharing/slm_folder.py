@@ -49,7 +49,8 @@ def export_slm(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokeniz
 def _generation_config(model: LLM2SLMForConditionalGeneration):
     """The checkpoint's, whose length is the response's; a decoder-only SLM would count the prompt in `max_length`."""
     config = copy.deepcopy(model.generation_config)
-    config.eos_token_id = end_tokens(model) or None
+    if config.eos_token_id is None:
+        config.eos_token_id = end_tokens(model) or None
     if not model.config.slm_config.is_encoder_decoder:
         config.decoder_start_token_id = None
         if config.max_new_tokens is None:
