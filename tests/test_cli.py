@@ -766,8 +766,8 @@ def test_a_csv_file_is_read_by_its_columns(checkpoints, tmp_path):
 @pytest.mark.parametrize("name", ["response", "finish_reason"])
 def test_a_column_of_the_outputs_own_is_refused(name, checkpoints, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "w1"}) + "\n" + json.dumps({"prompt": "w2", name: "x"}))
-    argv = ["generate", "--model", "none", "--input", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "r.jsonl")]
-    argv[2] = checkpoints["llama"]
+    argv = ["generate", "--model", checkpoints["llama"], "--input", str(tmp_path / "p.jsonl")]
+    argv += ["--output", str(tmp_path / "r.jsonl")]
     assert_one_line_error(capsys, argv, f"The prompts have a column `{name}`")
 
 

@@ -205,10 +205,8 @@ def test_each_value_of_a_column_gets_the_report_of_its_own_data_set(options, fol
     assert by["data"]["fingerprint"] == alone["data"]["fingerprint"]
     assert "| llm2slm_llama, copy |" in table and "| llm2slm_llama, turn/it |" in table
 
-    assert (
-        cli.main(["evaluate", "--compare", *(str(tmp_path / name) for name in ("by-turn-it.json", "alone.json"))])
-        is None
-    )
+    reports = [str(tmp_path / name) for name in ("by-turn-it.json", "alone.json")]
+    assert cli.main(["evaluate", "--compare", *reports]) is None
     assert "| llm2slm_llama | +0.0 [+0.0, +0.0], p = 1.000 |" in capsys.readouterr().out
 
 

@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 

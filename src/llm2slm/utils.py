@@ -8,7 +8,8 @@ import ctypes
 import json
 import os
 import platform
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +99,14 @@ def write_json(path: str | os.PathLike, content: Any, replace: bool = False) -> 
     """Writes JSON as [`write_whole`] does."""
     with write_whole(path, replace) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a folder aside, and renames it to `folder`: what stands there is complete."""
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    aside.rename(folder)
 
 
 def read_json(path: str | os.PathLike, *wanted: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Output:
     def __init__(self, path: str, prompts: Prompts, settings: dict[str, Any], batch_size: int):
         self.path, self.settings, self.batch_size = path, settings, batch_size
         self.schema = None
-        if taken := [name for name in OWN_COLUMNS if any(name in row for row in prompts.rows())]:
+        if taken := [name for name in OWN_COLUMNS if name in prompts.columns]:
             raise ValueError(
                 f"The prompts have a column `{taken[0]}`, where the output has its own: give it another name."
             )

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,11 +33,13 @@ class Prompts:
         rows (`Callable`): Reads them, from the first one on: rows with the column `prompt`, and what others there are.
         number (`int`): How many there are.
         sha256 (`str`): Of all columns.
+        columns (`set[str]`): The columns that some row has.
     """
 
     rows: Callable[[], Iterator[Row]]
     number: int
     sha256: str
+    columns: set[str] = field(default_factory=set)
 
 
 def read_prompts(prompts: list[str] | None, path: str | None) -> Prompts:
@@ -55,6 +57,7 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> Prompts:
         source, texts = ("--prompt", prompts) if prompts else ("standard input", _standard_input())
         rows = partial(_rows_of, texts)
     number, empty, digest = 0, [], hashlib.sha256()
+    columns: set[str] = set()
     for number, row in enumerate(rows(), start=1):
         if "prompt" not in row:
             raise ValueError(f"{source}, row {number} has no column `prompt`, only {sorted(row)}.")
@@ -62,6 +65,7 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> Prompts:
             raise ValueError(f"{source}, row {number}: the prompt must be a string, got {row['prompt']!r}.")
         if not row["prompt"].strip():
             empty.append(number)
+        columns.update(row)
         try:
             digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         except TypeError as error:
@@ -73,7 +77,7 @@ def read_prompts(prompts: list[str] | None, path: str | None) -> Prompts:
     if empty:
         first = f"{len(empty)} of {number} prompts, the first in row {empty[0]}"
         print(f"{source}: {first}, are empty, and so are their responses.", file=sys.stderr)
-    return Prompts(rows, number, digest.hexdigest())
+    return Prompts(rows, number, digest.hexdigest(), columns)
 
 
 def _standard_input() -> list[str]:

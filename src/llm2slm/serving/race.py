@@ -249,10 +249,9 @@ def load_race(
     titles = TITLES | ({} if adapter is None else {"llm": "LLM with an adapter"})
 
     def make(name, models, reads, writes, writers_tokenizer, skips_first) -> Racer:
-        configs, ends = [model.config for model in models], models[0].generation_config.eos_token_id
-        stop, goes_on = (
-            (pair_stop, False) if models[0] is pair else (llm_stop, not whole_llm.config.is_encoder_decoder)
-        )
+        configs, writer = [model.config for model in models], models[0]
+        goes_on = writer is not pair and not writer.config.is_encoder_decoder
+        ends, stop = writer.generation_config.eos_token_id, pair_stop if writer is pair else llm_stop
         how = (skips_first, goes_on, ends, stop, max_new_tokens)
         return Racer(titles[name], configs, reads, writes, writers_tokenizer, *how)
 

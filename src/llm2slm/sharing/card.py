@@ -162,11 +162,11 @@ def order_reports(paths: list[str], folder: Path) -> tuple[list[str], list[dict[
     reports = {path: read_report(path) for path in paths}
     models = {path: report["model"] for path, report in reports.items()}
     # A copy of a folder is the same model under another path; of two with one name it is not known which.
-    own = [path for path in paths if is_same(models[path], folder)]
-    own = own or [path for path in paths if Path(models[path]).name == folder.resolve().name]
+    same = [path for path in paths if is_same(models[path], folder)]
+    own = same or [path for path in paths if Path(models[path]).name == folder.resolve().name]
     if paths and not own:
         raise ValueError(f"No report is of {str(folder)!r}: they are of {', '.join(sorted(set(models.values())))}.")
-    if len(names := sorted({models[path] for path in own})) > 1 and not is_same(names[0], folder):
+    if not same and len(names := sorted({models[path] for path in own})) > 1:
         raise ValueError(f"Several reports are of models named like {str(folder)!r}: {', '.join(names)}.")
     if are_by_value(list(reports.values())):
         return paths, list(reports.values())

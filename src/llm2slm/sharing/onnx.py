@@ -27,7 +27,7 @@ from ..inputs_llm2slm import CACHE
 from ..language_models import end_tokens, response_limit
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import check_new_file
+from ..utils import check_new_file, write_folder
 
 SLM_FILE, EMBEDDINGS_FILE = "model.onnx", "embed_tokens.onnx"
 PAGE = Path(__file__).parent / "browser"
@@ -97,13 +97,14 @@ def export_onnx(
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             side, layer, kind = match.groups()
             value.name = f"{'past_key_values' if side == 'input' else 'present'}.{layer}.{kind}"
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was interrupted
-    shutil.copytree(PAGE, part)
-    onnx_ir.save(slm, part / SLM_FILE)
-    onnx_ir.save(embed.model, part / EMBEDDINGS_FILE)
-    _write_settings(model, tokenizer, part)
-    os.replace(part, folder)
+
+    def write(part: Path) -> None:
+        shutil.copytree(PAGE, part)
+        onnx_ir.save(slm, part / SLM_FILE)
+        onnx_ir.save(embed.model, part / EMBEDDINGS_FILE)
+        _write_settings(model, tokenizer, part)
+
+    write_folder(folder, write)
     return folder
 
 

@@ -3,13 +3,12 @@
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 
 from ..language_models import end_tokens
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import check_new_file
+from ..utils import check_new_file, write_folder
 
 
 def export_slm(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokenizer, folder: str | os.PathLike) -> Path:
@@ -30,20 +29,21 @@ def export_slm(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokeniz
     """
     folder = Path(folder)
     check_new_file(folder)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was interrupted
+    write_folder(folder, lambda part: _write(model, tokenizer, part))
+    return folder
+
+
+def _write(model: LLM2SLMForConditionalGeneration, tokenizer: LLM2SLMTokenizer, folder: Path) -> None:
     own, model.slm.generation_config = model.slm.generation_config, _generation_config(model)
     try:
-        model.slm.save_pretrained(part)
+        model.slm.save_pretrained(folder)
     finally:
         model.slm.generation_config = own
-    tokenizer.slm_tokenizer.save_pretrained(part)
-    path = part / "tokenizer_config.json"
+    tokenizer.slm_tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that both major versions of Transformers know
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, folder)
-    return folder
 
 
 def _generation_config(model: LLM2SLMForConditionalGeneration):

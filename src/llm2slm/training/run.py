@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data.pairs import describe_labels, describe_parts, hash_texts, recorded_source
 from ..loading_llm2slm import resolve_revision, split_gguf
-from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_json
+from ..utils import check_installed, machine, peak_memory_gib, shown, versions, write_folder, write_json
 from . import record, setup
 from .distillation import TaughtCollator
 from .options import TrainOptions
@@ -28,7 +28,6 @@ from .run_folder import (
     open_run_folder,
     remove_incomplete_checkpoints,
     remove_made_first,
-    write_folder,
 )
 from .sources import WeighingCollator, check_sources, scale_weights
 from .teacher import Teaching, describe_counts, find_teacher, teach

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +144,6 @@ def read_run(model: str) -> dict[str, Any]:
 def prompt_limit(recipe: dict[str, Any]) -> int | None:
     """The tokens that a training cut prompts to; `None` if it cut none. A recipe says what is not the default."""
     return recipe.get("prompt_max_length", TrainOptions.prompt_max_length) if recipe.get("truncate") else None
-
-
-def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a folder aside, and renames it to `folder`: what stands there is complete."""
-    aside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
-    aside.rename(folder)
 
 
 def move_to_top(aside: Path, folder: Path) -> None:

@@ -28,9 +28,9 @@ from ..data.teacher_distributions import cache_distributions, find_distributions
 from ..language_models import check_positions, identify, load_model, load_models_tokenizer, response_logits
 from ..loading_llm2slm import load_tokenizer
 from ..tokenization_llm2slm import LLM2SLMTokenizer
-from ..utils import write_json
+from ..utils import write_folder, write_json
 from .options import TrainOptions
-from .run_folder import TEACHER, read_run, write_folder
+from .run_folder import TEACHER, read_run
 
 PROMPT, PLACE, POSITIONS = "teacher_prompt", "teacher_place", "teacher_positions"  # columns
 RECORD = "teacher.json"
