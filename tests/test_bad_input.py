@@ -181,6 +181,8 @@ def test_a_decoder_only_slm_needs_positions_for_the_response_too(kind):
     with pytest.raises(ValueError, match=message):
         model.generate(**prompt, max_new_tokens=10, min_new_tokens=10)
     assert model.generate(**prompt, max_new_tokens=4, min_new_tokens=4).shape == (2, 4)
+    with pytest.raises(ValueError, match=message):  # by default, 20 tokens
+        model.generate(**prompt)
 
 
 @pytest.mark.parametrize("kind", ["bart", "marian"])

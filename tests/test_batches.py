@@ -14,12 +14,16 @@ def batches_of(sampler, size):
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def sampler_of(lengths, batch_size, seed, epoch=0):
+    return SimilarLengthSampler(lengths, batch_size, seed, lambda: epoch)
+
+
 def padded(batches):
     return sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in batches)
 
 
 def test_each_example_comes_once_and_little_is_padded():
-    sampler = SimilarLengthSampler(LENGTHS, 16, seed=1)
+    sampler = sampler_of(LENGTHS, 16, seed=1)
     batches = batches_of(sampler, 16)
     assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS))) and len(sampler) == len(LENGTHS)
     at_random = random.Random(1).sample(range(len(LENGTHS)), len(LENGTHS))
@@ -28,21 +32,19 @@ def test_each_example_comes_once_and_little_is_padded():
 
 
 def test_the_batches_come_at_random_and_not_by_length():
-    longest = [max(LENGTHS[i] for i in batch) for batch in batches_of(SimilarLengthSampler(LENGTHS, 16, seed=1), 16)]
+    longest = [max(LENGTHS[i] for i in batch) for batch in batches_of(sampler_of(LENGTHS, 16, seed=1), 16)]
     falls = sum(after < before for before, after in zip(longest, longest[1:], strict=False))
     assert 0.3 < falls / len(longest) < 0.7
 
 
 def test_seed_and_epoch_alone_decide_the_order():
-    sampler, again = SimilarLengthSampler(LENGTHS, 8, seed=1), SimilarLengthSampler(LENGTHS, 8, seed=1)
+    sampler, third = sampler_of(LENGTHS, 8, seed=1), sampler_of(LENGTHS, 8, seed=1, epoch=3)
     first = list(sampler)
-    assert list(sampler) == first == list(again)
-    again.set_epoch(3)
-    sampler.set_epoch(3)
-    assert list(sampler) == list(again) != first
-    assert list(SimilarLengthSampler(LENGTHS, 8, seed=2)) != first
+    assert list(sampler) == first == list(sampler_of(LENGTHS, 8, seed=1))
+    assert list(third) == list(sampler_of(LENGTHS, 8, seed=1, epoch=3)) != first
+    assert list(sampler_of(LENGTHS, 8, seed=2)) != first
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
 def test_few_examples(count):
-    assert sorted(SimilarLengthSampler(LENGTHS[:count], 8, seed=0)) == list(range(count))
+    assert sorted(sampler_of(LENGTHS[:count], 8, seed=0)) == list(range(count))

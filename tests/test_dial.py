@@ -456,6 +456,25 @@ def test_the_llm_writes_where_the_slm_has_no_token_that_is_allowed(llm, toleranc
         assert ids == greedy(llm, max_new_tokens=6, logits_processor=allowed)[0].tolist()
 
 
+class Turns(LogitsProcessor):
+    """Of two grammars, one at each token by turns."""
+
+    def __init__(self, *grammars):
+        self.grammars = grammars
+
+    def __call__(self, input_ids, scores):
+        return self.grammars[(input_ids.shape[1] - PROMPT.shape[1]) % len(self.grammars)](input_ids, scores)
+
+
+@pytest.mark.parametrize("tolerance", [0, 0.3, 1])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_llm_goes_on_behind_tokens_that_it_was_not_asked_about(llm, tolerance, fast):
+    model = build_trimmed_drafter(llm, lacking=[7, 9])
+    arguments = {"max_new_tokens": 6, "logits_processor": LogitsProcessorList([Turns(Only([10]), Only([7, 9]))])}
+    ids = model.generate(PROMPT, llm=llm, tolerance=tolerance, fast=fast, **arguments)
+    assert torch.equal(ids, greedy(llm, **arguments))
+
+
 @pytest.mark.parametrize(
     "own", [{"guidance_scale": 1.5}, {"watermarking_config": SynthIDTextWatermarkingConfig(5, [1, 2])}]
 )

@@ -13,6 +13,7 @@ from conftest import SLM_VOCAB, build_model, build_prompts, padded, save_trainin
 from safetensors.torch import load_file, save_file
 
 from llm2slm.cli import main as cli
+from llm2slm.training.trainer import FreedMemory
 
 
 def run(*arguments) -> str:
@@ -50,13 +51,46 @@ def test_two_processes_train_as_one_with_their_batches_together(recipe, tmp_path
     assert cli.main(["train", "--config", path]) is None
     curves = {}
     for name in ("one", "two"):
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        curves[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert len(curves["one"]) == 12 and curves["one"][-1] < curves["one"][0]
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        curves[name] = [entry["loss"] for entry in history if "loss" in entry]
+        curves[name] += [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(curves["one"]) == 12 + 3 and curves["one"][11] < curves["one"][0]
     assert curves["two"] == pytest.approx(curves["one"], rel=1e-4)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def train_until(step: int, path: str):
+    """What each process does of a training that is killed at this step."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise Killed
+
+    FreedMemory.on_step_end = kill
+    with pytest.raises(Killed):
+        cli.main(["train", "--config", path])
+
+
+def test_two_processes_go_on_in_the_middle_of_an_epoch_as_if_nothing_had_happened(recipe, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {
+        name: write_recipe(
+            recipe, tmp_path / name, per_device_train_batch_size=4, ddp_backend="gloo", eval_steps=3, max_steps=8
+        )
+        for name in ("whole", "killed")
+    }
+    run(*torchrun, "-m", "llm2slm.cli", "train", "--config", paths["whole"])
+    run(*torchrun, __file__, "7", paths["killed"])
+    assert (tmp_path / "killed" / "checkpoint-6").is_dir() and not (tmp_path / "killed" / "run.json").exists()
+    output = run(*torchrun, "-m", "llm2slm.cli", "train", "--config", paths["killed"])  # four steps are an epoch
+    assert "resuming from" in output
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in paths)
+    assert all(torch.equal(killed[name], weight) for name, weight in whole.items())
 
 
 # --------------------------------------------------------------------------------------------------------------- FSDP2
@@ -119,4 +153,7 @@ def test_fsdp2_shards_llm_and_slm_and_trains_as_one_process(tmp_path):
 
 
 if __name__ == "__main__":  # what is imported is imported once
-    torch.multiprocessing.start_processes(fsdp_process, (sys.argv[1],), nprocs=2, start_method="fork")
+    if len(sys.argv) == 3:
+        train_until(int(sys.argv[1]), sys.argv[2])
+    else:
+        torch.multiprocessing.start_processes(fsdp_process, (sys.argv[1],), nprocs=2, start_method="fork")

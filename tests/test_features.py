@@ -122,12 +122,17 @@ def test_only_new_prompts_are_run(model, prompts, tmp_path):
     assert [len(states) for states in whole["prompt_hidden_states"]] == [1, 9, 3, 9, 5]
 
 
-@pytest.mark.parametrize("change", ["weights", "layer", "dtype", "llm_dtype", "revision"])
+@pytest.mark.parametrize("change", ["weights", "projections", "layer", "dtype", "llm_dtype", "revision"])
 def test_another_llm_revision_layer_or_number_format_shares_nothing(prompts, tmp_path, change):
     cache_prompt_features(prompts, build_model("llama", "t5"), tmp_path)
     other, dtype = build_model("llama", "t5"), "float16"
     if change == "weights":
         other = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(build_llm("llama", seed=5), other.slm)
+    elif change == "projections":  # as an adapter changes them
+        llm = build_llm("llama")
+        for layer in llm.model.layers:
+            torch.nn.init.normal_(layer.mlp.down_proj.weight)
+        other = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, other.slm)
     elif change == "layer":
         other = build_model("llama", "t5", llm_layer=1)
     elif change == "dtype":

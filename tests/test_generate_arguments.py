@@ -531,7 +531,7 @@ def test_a_compile_config_does_what_it_does_for_the_slm_alone(model):
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(model):
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match=r"`stop_strings=\['a'\]` are found in text: pass the `tokenizer`"):
         write(model, stop_strings=["a"])
     assert torch.equal(write(model, stop_strings=["never written"], tokenizer=build_slm_tokenizer()), write(model))
 
@@ -548,12 +548,14 @@ def test_a_custom_loop_gets_what_the_slm_alone_would_give_it(model, caplog):
 
 def test_a_custom_loop_of_a_folder_is_run(model, tmp_path):
     (tmp_path / "custom_generate").mkdir()
-    code = "def generate(model, inputs_embeds, generation_config, **kwargs): return inputs_embeds, generation_config"
+    code = "def generate(model, inputs_embeds, generation_config, tokenizer, **kwargs):\n"
+    code += "    return inputs_embeds, generation_config, tokenizer"
     (tmp_path / "custom_generate" / "generate.py").write_text(code)
     (tmp_path / "config.json").write_text("{}")
-    embeds, config = write(
-        model, custom_generate=str(tmp_path), trust_remote_code=True, num_beam_groups=2, num_beams=4
-    )
+    tokenizer = build_slm_tokenizer()
+    options = {"num_beam_groups": 2, "num_beams": 4, "stop_strings": ["a"], "tokenizer": tokenizer}
+    embeds, config, given = write(model, custom_generate=str(tmp_path), trust_remote_code=True, **options)
+    assert given is tokenizer and config.stop_strings == ["a"]
     assert torch.equal(embeds, model._embed_with_slm(IDS)) and config.num_beam_groups == 2
 
 

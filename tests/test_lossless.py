@@ -29,7 +29,14 @@ from conftest import (
     greedy,
     jitter,
 )
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Lfm2Config,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from llm2slm import LLM2SLMTokenizer, LosslessOutput, decoding_llm2slm, drafter_llm2slm, drafting_llm2slm
 from llm2slm.building.tokenizers import limit_tokenizer, trim_tokenizer
@@ -438,6 +445,14 @@ def test_refuses_models_that_cannot_take_tokens_back(llm, noisy, monkeypatch):
             patch.setattr(model, "_is_stateful", True, raising=False)
             with pytest.raises(ValueError, match=rf"takes back rejected tokens, but the {name} \(llama\)"):
                 noisy.generate_lossless(PROMPT, llm=llm)
+
+
+def test_refuses_convolutions_whose_states_cannot_be_taken_back(llm):
+    fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Lfm2Config(**fields, vocab_size=60, num_key_value_heads=1, layer_types=["conv", "full_attention"])
+    slm = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"takes back rejected tokens, but the SLM \(lfm2\)"):
+        build_drafter(llm, slm).generate_lossless(PROMPT, llm=llm)
 
 
 def test_passed_as_assistant_model_it_names_the_lossless_mode(llm, noisy):

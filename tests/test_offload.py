@@ -100,6 +100,7 @@ def test_a_checkpoint_with_offloaded_parts_writes_the_same(llm_folder, tmp_path,
     )
     assert {part for part in PARTS if is_on_disk(getattr(loaded, part))} == set(offloaded)
     assert answer(loaded).equal(answer(model))
+    assert loaded.generate(**PROMPT, max_new_tokens=5, do_sample=False, fast=True).equal(answer(model))
     labels = build_labels()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**PROMPT, labels=labels).loss, model(**PROMPT, labels=labels).loss)

@@ -271,6 +271,15 @@ def test_what_is_no_data_set_is_said(tmp_path, monkeypatch):
         load_pairs("user/none:de", "train")
 
 
+def test_a_data_set_that_needs_a_script_is_refused(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+
+    monkeypatch.setattr("llm2slm.data.pairs.load_dataset", refuse)
+    with pytest.raises(ValueError, match="'user/old': Dataset scripts are no longer supported"):
+        load_pairs("user/old", "train")
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -279,6 +288,7 @@ def test_what_is_no_data_set_is_said(tmp_path, monkeypatch):
         ("{prompt}\n", "{prompt}\n"),
         ("summarize: {article}", "summarize: {prompt}"),
         ("{translation[en]}", None),
+        ("translate: {translation[en]}", "translate: {prompt}"),
         ("{instruction} {input}", None),
         ("{text!r}", None),
         ("{{json}}: {text} {{}}", "{{json}}: {prompt} {{}}"),

@@ -17,6 +17,7 @@ from transformers import Seq2SeqTrainer
 
 from llm2slm.cli import main as cli
 from llm2slm.training.run_folder import (
+    check_data,
     is_complete,
     last_complete_checkpoint,
     move_to_top,
@@ -230,6 +231,15 @@ def test_each_process_must_have_written_its_part(tmp_path):
     cut_off = checkpoint(tmp_path, 3, ranks=(0, 1)) / "rng_state_1.pth"
     cut_off.write_bytes(cut_off.read_bytes()[:-10])
     assert not is_complete(cut_off.parent, world_size=2)
+
+
+def test_a_training_goes_on_with_as_many_processes_as_it_began_with(tmp_path):
+    check_data(tmp_path, {"train": "a"}, world_size=2)
+    check_data(tmp_path, {"train": "a"}, world_size=1)  # before the first step, nothing is lost
+    checkpoint(tmp_path, 1)
+    check_data(tmp_path, {"train": "a"}, world_size=1)
+    with pytest.raises(ValueError, match=r"a training of 1 process\(es\), here are 2"):
+        check_data(tmp_path, {"train": "a"}, world_size=2)
 
 
 def test_a_result_takes_the_place_of_an_older_one(tmp_path):

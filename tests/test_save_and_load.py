@@ -654,6 +654,32 @@ def test_positions_are_turned_alike_whichever_version_wrote_the_checkpoint(scali
             torch.testing.assert_close(found, expected)
 
 
+def test_models_that_either_version_saved_are_composed_with_their_own_positions(tmp_path):
+    build_llm("llama").save_pretrained(tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    expected, labels = {}, LABELS.clamp(max=LLM_VOCAB - 1)
+    for name, fields in (("older", {"rope_theta": 3e3}), ("newer", {"rope_parameters": {"rope_theta": 3e3}})):
+        shutil.copytree(tmp_path / "llm", tmp_path / name)
+        others = {key: value for key, value in config.items() if not key.startswith("rope_")}
+        if "rope_parameters" in fields:
+            fields["rope_parameters"]["rope_type"] = "default"
+        (tmp_path / name / "config.json").write_text(json.dumps(others | fields))
+        torch.manual_seed(0)  # of the projector
+        model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(tmp_path / name, tmp_path / name)
+        expected[name] = (model.encode_hidden_states(**PROMPT), model(**PROMPT, labels=labels).loss)
+        model.save_pretrained(tmp_path / f"pair-{name}")
+        torch.testing.assert_close(load(tmp_path / f"pair-{name}").encode_hidden_states(**PROMPT), expected[name][0])
+    torch.testing.assert_close(*expected.values())
+
+
+def test_a_place_of_the_llm_where_none_is_loaded_is_refused(tmp_path):
+    build_model().save_pretrained(tmp_path / "whole", include_llm=True)
+    with pytest.raises(ValueError, match="contains its LLM.*llm_name_or_path='nowhere'.*leave that out"):
+        load(tmp_path / "whole", llm_name_or_path="nowhere")
+    with pytest.raises(ValueError, match="`load_llm=False` not to load it"):
+        load(tmp_path / "whole", llm_name_or_path="nowhere", load_llm=False)
+
+
 def test_gemma_3s_two_ways_of_turning_positions_are_read_too():
     turns = {"sliding_attention": {"rope_type": "default", "rope_theta": 2e3}}
     turns["full_attention"] = {"rope_type": "linear", "rope_theta": 3e5, "factor": 8.0}

@@ -87,6 +87,9 @@ def test_responses_are_padded_with_the_slms_padding_token(tokenizer):
     assert (padded["input_ids"][padded["attention_mask"] == 0] == PAD).all()
     fixed = tokenizer(text_target=RESPONSES, padding="max_length", max_length=20, truncation=True)
     assert {len(row) for row in fixed["input_ids"]} == {20}
+    whole = tokenizer("w1 w2", text_target=RESPONSES, padding="max_length", max_length=2)["labels"]
+    assert whole == tokenizer(text_target=RESPONSES, padding="max_length", max_length=2)["input_ids"]
+    assert [len(row) for row in whole] == lengths
 
 
 def test_chat_templates_are_the_llms(tokenizer, llm_tokenizer):

@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
 )
 
 from llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMTokenizer
@@ -37,7 +38,9 @@ from llm2slm.data.pairs import format_of_text, without_empty
 from llm2slm.training import record, setup
 from llm2slm.training.options import TrainOptions
 from llm2slm.training.record import plot_losses
+from llm2slm.training.run import train as run_training
 from llm2slm.training.setup import make_collator, with_lora
+from llm2slm.training.trainer import TrainerOptions
 
 STEPS = 12
 
@@ -503,6 +506,19 @@ def test_chats_with_an_empty_side_are_left_out_too():
     assert without_empty(rows, "train", skip=True).to_list() == rows.select([0]).to_list()
     with pytest.raises(ValueError, match="4 of 5 pairs have an empty side"):
         without_empty(rows, "train", skip=False)
+    with pytest.raises(ValueError, match="train: each of the 4 pairs has an empty side"):
+        without_empty(rows.select([1, 2, 3, 4]), "train", skip=True)
+
+
+def test_a_training_without_validation_evaluates_nothing(tmp_path):
+    options = TrainOptions(data="pairs.jsonl", slm="fresh", arm="slm", validation_split="none")
+    with pytest.raises(ValueError, match='set `eval_strategy="no"`'):
+        run_training(options, TrainerOptions(output_dir=str(tmp_path / "run"), use_cpu=True))
+
+
+def test_one_process_trains_on_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(Seq2SeqTrainingArguments, "__post_init__", lambda self: setattr(self, "_n_gpu", 2))
+    assert TrainerOptions(output_dir=str(tmp_path)).n_gpu == 1
 
 
 def test_a_tied_head_is_no_missing_key_of_the_best_checkpoint(recipe, monkeypatch):
@@ -598,7 +614,10 @@ def assert_refused(capsys, recipe, *fragments, **changes):
         ({"slm_layers": [1]}, ["are for `slm: slice`, got slm 'fresh'"]),
         ({"slm": "llama", "slm_tokenizer": "trimmed"}, ["has its own tokenizer", "'own', got 'trimmed'"]),
         ({"llm_tokenizer": "trimmed"}, ["it needs `slm_tokenizer: trimmed`, got 'own'"]),
-        ({"slm": "slice", "slm_layers": [7]}, ["each from 0 to 1", "got [7]"]),
+        ({"slm": "slice", "slm_layers": [7], "vocab_size": None}, ["each from 0 to 1", "got [7]"]),
+        ({"slm": "slice", "slm_layers": [1]}, ["`vocab_size`", "needs `slm_tokenizer: trimmed`, got 'own'"]),
+        ({"lora_alpha": 8}, ["`lora_alpha` is about LoRA: give its rank, `lora_r`"]),
+        ({"save_only_model": True}, ["leave out `save_only_model`"]),
         ({"start": "zero"}, ["`start: zero` needs `fusion: add`"]),
         ({"start": "states", "cache_features": False}, ["needs `cache_features: true`"]),
         ({"start": "zero", "fusion": "add"}, ["A start at zero needs", "shared_tokenizer=True"]),

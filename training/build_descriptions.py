@@ -2,7 +2,7 @@
 Builds data sets from Debian's package descriptions: long description to synopsis, or English paragraph to Italian,
 French or German.
 
-    pip install datasets
+    pip install '.[train]'
     python training/build_descriptions.py --task summarize --output data/summarize
     python training/build_descriptions.py --task translate --language it --output data/translate-en-it
 

@@ -2,7 +2,7 @@
 Builds the instruction data set: simplify a verse, translate into Italian or French, write the one-line summary, each
 task asked for in several phrasings.
 
-    pip install datasets
+    pip install '.[train]'
     python training/build_instructions.py --data data --output data/instruct
 
     >>> from datasets import load_from_disk

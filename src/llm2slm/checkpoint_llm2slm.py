@@ -73,8 +73,13 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: if the weights are missing, cut off or not safetensors.
-            ValueError: if the weights are another model's, or the LLM is not the one the checkpoint was trained with.
+            ValueError: if the weights are another model's, the LLM is not the one the checkpoint was trained with, or
+                a place of the LLM is given where none is loaded from it.
         """
+        if llm_name_or_path is not None and not load_llm:
+            raise ValueError(
+                "`llm_name_or_path` says where to load the LLM from, and `load_llm=False` not to load it."
+            )
         return_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
@@ -97,6 +102,11 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         check_loading_info(info, f"The weights in {place!r}")
         for part in filter(None, (model.llm, model.slm)):
             check_offloaded(part)
+        if model.llm is not None and llm_name_or_path is not None:
+            raise ValueError(
+                f"{place!r} contains its LLM, so none is loaded from `llm_name_or_path={str(llm_name_or_path)!r}`: "
+                "leave that out."
+            )
         if model.llm is None and load_llm:
             inherited = ("token", "cache_dir", "local_files_only", "dtype", "device_map", "force_download", "proxies")
             nested_kwargs = {name: kwargs[name] for name in inherited if kwargs.get(name) is not None}

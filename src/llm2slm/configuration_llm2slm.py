@@ -203,10 +203,6 @@ class LLM2SLMConfig(PretrainedConfig):
         fields.pop("quantization_config", None)  # how the LLM was loaded here, not what it is
         return cls(llm_config=fields, slm_config=slm_config.to_dict(), **kwargs)
 
-    def format_prompt(self, text: str) -> str:
-        """The text as the model was trained to read it; its own tokenizer brings it into this form by itself."""
-        return text if self.prompt_format is None else self.prompt_format.format(prompt=text)
-
     pad_token_id = _slm_token("pad_token_id")
     eos_token_id = _slm_token("eos_token_id")
     bos_token_id = _slm_token("bos_token_id")
@@ -339,16 +335,24 @@ def _as_config(config) -> PretrainedConfig:
     if isinstance(config, dict):
         fields = {k: v for k, v in config.items() if k != "model_type"}
         config = AutoConfig.for_model(config["model_type"], **fields)
-        for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
-            _read_rope_parameters(part)
+        read_rope_parameters(config)
     return config
 
 
-def _read_rope_parameters(config: PretrainedConfig):
-    """Transformers 5 writes `rope_parameters`. 4 does not read them: it would turn positions by its own defaults."""
+def read_rope_parameters(config: PretrainedConfig) -> bool:
+    """
+    Transformers 5 writes `rope_parameters`. 4 does not read them: it would turn positions by its own defaults. Sets
+    what 4 reads, in `config` and its parts; returns whether there was something to set.
+    """
+    parts = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    found = [_read_own_rope_parameters(part) for part in (config, *parts)]
+    return any(found)
+
+
+def _read_own_rope_parameters(config: PretrainedConfig) -> bool:
     rope = getattr(config, "rope_parameters", None)
     if not rope or not hasattr(config, "rope_theta"):  # a field of Transformers 4
-        return
+        return False
     local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)  # Gemma 3 has one for each
     if local is not None:
         config.rope_local_base_freq = local["rope_theta"]
@@ -357,6 +361,7 @@ def _read_rope_parameters(config: PretrainedConfig):
         config.partial_rotary_factor = rope["partial_rotary_factor"]
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+    return True
 
 
 __all__ = ["LLM2SLMConfig"]

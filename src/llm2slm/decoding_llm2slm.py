@@ -36,7 +36,7 @@ from transformers.utils import logging
 from .arguments_llm2slm import SPECIAL_TOKENS
 from .beams_llm2slm import search_beams
 from .few_rows_llm2slm import CompiledFewRows
-from .inputs_llm2slm import CACHE
+from .inputs_llm2slm import CACHE, positions_of
 
 logger = logging.get_logger(__name__)
 
@@ -246,7 +246,7 @@ class CompiledStep:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs = {"inputs_embeds": embeds, "attention_mask": mask}
         if "position_ids" in self.arguments:
-            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_of(mask)
             self.inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
         self.length, self.prompt_mask = embeds.shape[1], mask
         self.prefix = ""

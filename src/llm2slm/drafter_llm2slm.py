@@ -26,8 +26,8 @@ class Dial:
 
     tolerance: float
     ask_below: float
-    max_draft_tokens: int
-    draft_confidence: float
+    max_draft_tokens: int = 16
+    draft_confidence: float = 0.25
     fast: bool = False
 
     @property
@@ -182,8 +182,8 @@ class Drafter:
         draft = Draft()
         if limit <= 0:
             return draft
-        same = 0
-        while same < len(self.read) and self.read[same] == response[same]:
+        same, most = 0, min(len(self.read), len(response) - 1)  # the last token is read, maybe again, for its logits
+        while same < most and self.read[same] == response[same]:
             same += 1
         if same < len(self.read):
             self.steps.take_back(len(self.read) - same)

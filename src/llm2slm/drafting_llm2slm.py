@@ -34,7 +34,7 @@ from .drafter_llm2slm import Dial, Draft, Drafter
 from .few_rows_llm2slm import EagerFewRows
 from .inputs_llm2slm import CACHE, check_prompt_ids, given_once
 from .layers_llm2slm import LayerStates, truncate
-from .loading_llm2slm import check_same_architecture
+from .loading_llm2slm import check_same_architecture, compute_device
 
 logger = logging.get_logger(__name__)
 
@@ -81,8 +81,8 @@ class LosslessGenerationMixin(GenerationMixin):
         llm: PreTrainedModel,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        max_draft_tokens: int = 16,
-        draft_confidence: float = 0.25,
+        max_draft_tokens: int = Dial.max_draft_tokens,
+        draft_confidence: float = Dial.draft_confidence,
         fast: bool = False,
         **kwargs,
     ) -> LosslessOutput:
@@ -146,8 +146,8 @@ class LosslessGenerationMixin(GenerationMixin):
         *,
         tolerance=None,
         ask_below=None,
-        max_draft_tokens=16,
-        draft_confidence=0.25,
+        max_draft_tokens=Dial.max_draft_tokens,
+        draft_confidence=Dial.draft_confidence,
         fast=False,
         **kwargs,
     ) -> Any:
@@ -175,7 +175,7 @@ class LosslessGenerationMixin(GenerationMixin):
         arguments = _generate_arguments(arguments, dial, llm.generation_config)
         outputs = []
         for row, tokens in enumerate(attention_mask.to(input_ids.device) != 0):
-            prompt_ids = input_ids[row, tokens][None].to(llm.device)  # without padding
+            prompt_ids = input_ids[row, tokens][None].to(compute_device(llm))  # without padding
             outputs.append(self._answer(llm, prompt_ids, arguments | _of_row(arguments, row), dial))
         return outputs[0] if len(outputs) == 1 else _together(outputs, _pad_token_id(llm, arguments))
 
@@ -230,7 +230,8 @@ class LosslessGenerationMixin(GenerationMixin):
                 "trimmed: `config.shared_tokenizer` must be True, got False."
             )
         for name, model in (("LLM", llm), ("SLM", self.slm)):
-            if model._is_stateful:
+            layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+            if model._is_stateful or "conv" in layer_types:  # LFM2, which Transformers does not call stateful
                 raise ValueError(
                     f"Drafting for `llm` takes back rejected tokens, but the {name} ({model.config.model_type}) keeps "
                     "a state from which none can be removed."

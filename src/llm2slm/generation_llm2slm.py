@@ -41,6 +41,7 @@ logger = logging.get_logger(__name__)
 
 # Transformers 4 keeps one static cache on the SLM for all calls, so they take turns.
 STATIC_CACHE_TURN = threading.RLock() if hasattr(GenerationMixin, "_get_cache") else contextlib.nullcontext()
+DEFAULT_NEW_TOKENS = 20  # what Transformers writes where no length is said
 
 
 class LLM2SLMGenerationMixin(LosslessGenerationMixin):
@@ -139,9 +140,14 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
         beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
         # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
-        tokenizer = kwargs.pop("tokenizer", None)
-        if generation_config.stop_strings is not None and tokenizer is not None:
-            strings, generation_config.stop_strings = generation_config.stop_strings, None
+        own_loop = isinstance(
+            kwargs.get("custom_generate"), str
+        )  # on the Hub or in a folder; it may want the tokenizer
+        tokenizer = kwargs.get("tokenizer") if own_loop else kwargs.pop("tokenizer", None)
+        if (strings := generation_config.stop_strings) is not None and not own_loop:
+            if tokenizer is None:
+                raise ValueError(f"`stop_strings={strings!r}` are found in text: pass the `tokenizer`, too.")
+            generation_config.stop_strings = None
             tokenizer = getattr(tokenizer, "slm_tokenizer", tokenizer)
             kwargs["stopping_criteria"] = stop_at_strings(strings, tokenizer, kwargs.get("stopping_criteria"))
         refuse_what_cannot_be_had(generation_config, kwargs, self.slm, self.config.decoder_start_token_id)
@@ -175,15 +181,15 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
             if embeds.shape[1] == 1:  # Transformers 4 would feed a prompt of one position again at each step
                 mask, embeds = nn.functional.pad(mask, (1, 0)), nn.functional.pad(embeds, (0, 0, 1, 0))
             count_from_the_response(generation_config, kwargs, num_begun, max_length, embeds.device)
-            length = longest_row(mask) + (generation_config.max_new_tokens or 0)
+            length = longest_row(mask) + (generation_config.max_new_tokens or DEFAULT_NEW_TOKENS)
             check_positions("SLM", self.config.slm_config.get_text_config(), length, PROMPT_AND_RESPONSE)
         # 4. Decode: the SLM alone.
-        if fast:
-            return generate_fast(self.slm, embeds, mask, generation_config, **kwargs)
         if self.slm.device.type == "meta" and not is_encoder_decoder and beginning is None:
             # Offloaded: Transformers 4 would begin a response on the device where the parameters are not.
             kwargs["inputs"] = mask.new_zeros(len(mask), 0)
         with contextlib.nullcontext() if generation_config.cache_implementation is None else STATIC_CACHE_TURN:
+            if fast:
+                return generate_fast(self.slm, embeds, mask, generation_config, **kwargs)
             return self.slm.generate(
                 inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **kwargs
             )

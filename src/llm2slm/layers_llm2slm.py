@@ -109,7 +109,8 @@ class LayerStates:
 
     def states(self) -> torch.Tensor:
         """Those of the last run, concatenated: of shape `(batch_size, length, len(layers) * hidden_size)`."""
-        return torch.cat([self._states[layer] for layer in self._order], dim=-1)
+        device = self._states[self._order[0]].device  # layers may be spread over several
+        return torch.cat([self._states[layer].to(device) for layer in self._order], dim=-1)
 
     def _keep(self, layer: int):
         def wrap(forward):

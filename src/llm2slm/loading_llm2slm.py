@@ -5,6 +5,7 @@ works on Transformers 4.x and 5.x.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from transformers.utils import cached_file, is_gguf_available
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
+from .configuration_llm2slm import read_rope_parameters
 from .layers_llm2slm import without_head
 
 PACKAGE = "package:"  # before the name of a Python package that holds a model
@@ -56,6 +58,8 @@ def load_slm(name, **kwargs) -> PreTrainedModel:
     name, gguf_file = split_gguf(name, kwargs.pop("gguf_file", None))
     kwargs |= _gguf_kwargs(gguf_file)
     config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
+    if read_rope_parameters(config):
+        kwargs["config"] = config
     auto_class = slm_auto_class(config)
     with loading_lock, _without_gguf_bars(gguf_file):
         slm = auto_class.from_pretrained(name, **_disk_kwargs(auto_class, config, kwargs))
@@ -81,6 +85,7 @@ def load_llm(name, gguf_file, config=None, **kwargs) -> tuple[PreTrainedModel, t
                 "name. Save the whole T5Gemma that the pair was made of, or the pair with `include_llm=True`."
             )
         config = transformers.AutoConfig.from_pretrained(name, **_config_kwargs(kwargs))
+        read_rope_parameters(config)
     what = f"The LLM's weights in {str(name)!r}"
     check_shards(os.path.join(name, kwargs.get("subfolder") or ""), kwargs.get("variant"))
     auto_class, kwargs = _of_a_pair(config, kwargs)
@@ -429,16 +434,17 @@ def shared_parameter(llm: nn.Module, slm: nn.Module) -> str | None:
     return next((name for name, parameter in slm.named_parameters() if parameter.data_ptr() in frozen), None)
 
 
-def fingerprint(llm: nn.Module, num_tensors: int = 16, num_values: int = 8) -> dict[str, str]:
+def fingerprint(llm: nn.Module, num_tensors: int = 32, num_values: int = 8) -> dict[str, str]:
     """
-    Some weights of the LLM, evenly spaced over its floating-point parameters, as hexadecimal bfloat16. Sampled values
-    rather than a hash, so that the same weights in another dtype are recognised.
+    Some weights of the LLM, of floating-point parameters that a hash of their names chooses, as hexadecimal bfloat16.
+    Sampled values rather than a hash, so that the same weights in another dtype are recognised. Parameters evenly
+    spaced could all be of one kind: what is fine-tuned in the others would not be seen.
     """
-    names = [name for name, p in sorted(llm.named_parameters()) if not is_packed(p) and p.numel()]
-    chosen = [names[i * len(names) // num_tensors] for i in range(num_tensors)] if len(names) > num_tensors else names
+    names = [name for name, p in llm.named_parameters() if not is_packed(p) and p.numel()]
+    chosen = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:num_tensors]
     return {
         name: bytes(_sample(llm, name, num_values).to(torch.bfloat16).view(torch.uint8).tolist()).hex()
-        for name in chosen
+        for name in sorted(chosen)
     }
 
 

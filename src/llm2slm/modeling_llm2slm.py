@@ -329,7 +329,7 @@ class LLM2SLMForConditionalGeneration(
             longest = longest_row(attention_mask[rows])
             prompt = {"input_ids": input_ids[rows, :longest], "attention_mask": attention_mask[rows, :longest]}
             reading.model(**prompt, **arguments, return_dict=True)
-            row_states = reading.states()  # (number of rows, longest, prompt_hidden_size)
+            row_states = reading.states().to(order.device)  # (number of rows, longest, prompt_hidden_size)
             if hidden_states is None:
                 hidden_states = row_states.new_zeros(*input_ids.shape, row_states.shape[-1])
             hidden_states[rows, :longest] = row_states
@@ -483,7 +483,7 @@ class LLM2SLMForConditionalGeneration(
                 return_dict=True,
                 **outputs_wanted,
             )
-            output = Seq2SeqLMOutput(**{name: value for name, value in output.items() if name != "loss"})
+            output = Seq2SeqLMOutput(**output)
         else:
             output = self._decoder_only_forward(
                 embeds, mask, decoder_input_ids, decoder_attention_mask, outputs_wanted

@@ -279,6 +279,8 @@ class LLM2SLMTokenizer(PreTrainedTokenizerFast):
     def _encode_response(self, text, padding=False, truncation=None, max_length=None, return_tensors=None, **kwargs):
         if truncation and max_length is None and self.model_max_length < LARGE_INTEGER:
             max_length = self.model_max_length
+        if truncation is None and padding:  # as for prompts: a length to pad to is none to cut at
+            truncation = False
         if max_length is not None:
             max_length -= 1  # room for the end-of-sequence token
         kwargs.pop("add_special_tokens", None)  # a chat-templated prompt brings its own; a response never does

@@ -240,9 +240,10 @@ def _in_eval_mode(model):
         model.train(training)
 
 
-def evenly_spaced(dataset: "Dataset", max_rows: int) -> range:
+def evenly_spaced(dataset: "Dataset", max_rows: int) -> list[int]:
     """Numbers of at most this many rows, each as far from the next."""
-    return range(0, len(dataset), -(-len(dataset) // max_rows))
+    number = min(max_rows, len(dataset))
+    return [i * len(dataset) // number for i in range(number)]
 
 
 def _check_columns(dataset: "Dataset"):

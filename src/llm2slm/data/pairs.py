@@ -312,6 +312,8 @@ def without_empty(pairs: Dataset, where: str, skip: bool) -> Dataset:
     kept = pairs.filter(has_both, desc="Looking for empty pairs")
     if len(kept) == len(pairs):
         return pairs
+    if len(kept) == 0:
+        raise ValueError(f"{where}: each of the {len(pairs):,} pairs has an empty side.")
     left_out = f"{where}: {len(pairs) - len(kept):,} of {len(pairs):,} pairs have an empty side"
     if not skip:
         first = next(row for row in pairs if not has_both(row))
@@ -336,7 +338,7 @@ def format_of_text(prompt_format: str | None) -> str | None:
     """
     parts = list(Formatter().parse(prompt_format or ""))
     fields = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
-    if len(fields) != 1 or not fields[0][0].isidentifier() or any(fields[0][1:]):
+    if len(fields) != 1 or not fields[0][0].partition("[")[0].isidentifier() or any(fields[0][1:]):
         return None
     found = "".join(
         text.replace("{", "{{").replace("}", "}}") + ("" if field is None else "{prompt}") for text, field, *_ in parts
@@ -398,6 +400,8 @@ def _load_split(source: str, split: str) -> Dataset:
     except ValueError as error:  # of the split or the configuration; it does not say of which data set
         kind = MissingSplitError if "Unknown split" in str(error) else ValueError
         raise kind(f"{source!r}, split {split!r}: {error}") from error
+    except RuntimeError as error:  # it is loaded by a script of its own, which datasets no longer runs
+        raise ValueError(f"{source!r}: {error}") from error
     if suffix == ".csv" and set(rows.column_names) - options["converters"].keys():
         raise ValueError(
             f"{source!r}: the first row has more cells than the first line has names. Put a text with a comma between "

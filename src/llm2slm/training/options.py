@@ -163,6 +163,8 @@ class TrainOptions:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.arm == "llm" and self.lora_r is None:
             self.lora_r = 16
+        if self.lora_r is None and (given := {"lora_alpha", "lora_dropout"} & self.recipe.keys()):
+            raise ValueError(f"`{min(given)}` is about LoRA: give its rank, `lora_r`.")
         if self.lora_alpha is None and self.lora_r is not None:
             self.lora_alpha = 2 * self.lora_r
         if self.features_dtype == "auto":
@@ -194,6 +196,10 @@ class TrainOptions:
                     f"The pretrained SLM {self.slm!r} has its own tokenizer: `slm_tokenizer` must be 'own', got "
                     f"{self.slm_tokenizer!r}. Other tokens are for `slm: fresh` and `slm: slice`."
                 )
+        if self.vocab_size is not None and self.slm == "slice" and self.slm_tokenizer == "own":
+            raise ValueError(
+                "`vocab_size` takes tokens away from a slice: it needs `slm_tokenizer: trimmed`, got 'own'."
+            )
         if self.llm_tokenizer == "trimmed" and self.slm_tokenizer != "trimmed":
             raise ValueError(
                 "`llm_tokenizer: trimmed` cuts prompts into the tokens of an SLM that has some of the LLM's: it needs "

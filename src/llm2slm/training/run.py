@@ -60,6 +60,14 @@ def train(options: TrainOptions, training: TrainerOptions) -> None:
         raise ValueError("A teacher says what else might stand there: leave out `label_smoothing_factor`.")
     if options.more_data and training.label_smoothing_factor:
         raise ValueError("`more_data` weighs the loss token by token, unsmoothed: leave out `label_smoothing_factor`.")
+    if options.validation_split == "none" and training.eval_strategy != "no":
+        raise ValueError('There is nothing to evaluate with `validation_split="none"`: set `eval_strategy="no"`.')
+    if training.save_only_model:
+        raise ValueError("A training is resumed from the optimizer's state, too: leave out `save_only_model`.")
+    if training.deepspeed and options.lora_r is not None and options.arm != "llm":
+        raise ValueError(
+            "LoRA on the SLM is merged at the end, which does not go with DeepSpeed: leave out one of them."
+        )
     if is_deepspeed_zero3_enabled():  # loading a model then needs all processes, but the start is made by one
         raise ValueError("DeepSpeed's ZeRO stage 3 is not supported: choose stage 1 or 2.")
     folder = Path(training.output_dir)
@@ -84,7 +92,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
         teacher = find_teacher(options)
         check_sources(options)
         (pairs, more_pairs), parts = setup.load_splits(options, teacher), setup.find_parts(options)
-        check_data(folder, {split: hash_texts(rows) for split, rows in pairs.items()})
+        check_data(folder, {split: hash_texts(rows) for split, rows in pairs.items()}, training.world_size)
         if parts is not None:
             _say(training, describe_parts(options.data, parts))
         for source in [options.data, *options.more_data]:
@@ -100,6 +108,7 @@ def _train(options: TrainOptions, training: TrainerOptions, recipe: dict[str, An
     with training.main_process_first(local=False):
         examples = setup.make_examples(options, pairs, model, tokenizer)
         if options.arm == "llm2slm" and options.cache_features:
+            model.to(training.device)
             examples = setup.cache_features(options, examples, model)
             model.llm = None
         teaching = None
@@ -191,7 +200,14 @@ def _describe(options, recipe, examples, parts, more_pairs, teaching: Teaching |
     }
 
 
-def finish(options, training, folder: Path, trainer, metrics: dict[str, float], report: dict[str, Any]) -> None:
+def finish(
+    options: TrainOptions,
+    training: TrainerOptions,
+    folder: Path,
+    trainer: Seq2SeqTrainer,
+    metrics: dict[str, float],
+    report: dict[str, Any],
+) -> None:
     """Writes the result: metrics and picture, the best model and its tokenizer and, last, `run.json`."""
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_state()
@@ -200,18 +216,9 @@ def finish(options, training, folder: Path, trainer, metrics: dict[str, float], 
         evaluation = trainer.evaluate()
         trainer.save_metrics("eval", evaluation, combined=False)
         eval_loss = evaluation["eval_loss"]
-    aside = folder / "result.part"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(aside, ignore_errors=True)
-    merges = options.lora_r is not None and options.arm != "llm"
-    if merges:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    trainer.save_model(str(aside))
+    _save_model(options, folder, trainer)
     if not trainer.is_world_process_zero():
         return
-    (aside / "training_args.bin").unlink()  # a pickle, which no one needs to load the model
-    move_to_top(aside, folder)
-
     losses = [entry for entry in history if "loss" in entry]
     record.plot_losses(history, f"{options.arm}: {folder.name}", folder / "loss.png", taught=options.teacher != "")
     report["train"] = {
@@ -226,6 +233,21 @@ def finish(options, training, folder: Path, trainer, metrics: dict[str, float], 
     write_json(folder / REPORT, report, replace=True)
     remove_made_first(folder)
     _say(training, f"Finished: {shown(folder)}" + ("" if eval_loss is None else f", evaluation loss {eval_loss:.4f}"))
+
+
+def _save_model(options: TrainOptions, folder: Path, trainer: Seq2SeqTrainer) -> None:
+    """Writes the best model and its tokenizer, with what LoRA learned of an SLM in the SLM's own weights."""
+    aside = folder / "result.part"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(aside, ignore_errors=True)
+    if options.lora_r is not None and options.arm != "llm":
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    if trainer.is_fsdp_enabled:  # as one file, which the first process writes
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        (aside / "training_args.bin").unlink()  # a pickle, which no one needs to load the model
+        move_to_top(aside, folder)
 
 
 def _source(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The folder of one training: which training's it is, where that can be resumed, and results that are whole or absent.
 
 - `recipe.yaml` is written first: the options that differ from the defaults. A folder with another one is refused.
-- `data.json` has a hash of the pairs: a training goes on with the pairs that it began with.
+- `data.json` has a hash of the pairs and the number of processes: a training goes on with those that it began with.
 - `start/` is the model before the first step, and `teacher/` says what its teacher is.
 - `checkpoint-N/` are the Trainer's, which writes them in place: one is complete once its last file is.
 - The result is written aside and moved to the top; `run.json` says that the training is finished. Then `data.json`,
@@ -22,6 +22,7 @@ from ..utils import read_json, write_json, write_whole
 from .options import TrainOptions
 
 RECIPE, DATA, START, TEACHER, REPORT = "recipe.yaml", "data.json", "start", "teacher", "run.json"
+PROCESSES = "processes"  # their number, in `data.json`
 # What may differ when a training is resumed: it changes nothing of the result.
 ELSEWHERE = (
     "output_dir",
@@ -71,30 +72,37 @@ def open_run_folder(folder: Path, recipe: dict[str, Any]) -> None:
         file.write(text)
 
 
-def check_data(folder: Path, hashes: dict[str, str]) -> None:
+def check_data(folder: Path, hashes: dict[str, str], world_size: int = 1) -> None:
     """
     Notes what a training learns from or, of one that goes on, makes sure that it is what it began with.
 
     Args:
         folder (`Path`): The training's.
         hashes (`dict[str, str]`): Of each split, from [`~llm2slm.data.pairs.hash_texts`].
+        world_size (`int`, *optional*, defaults to 1): Processes, which share the pairs of a step.
 
     Raises:
-        ValueError: if the pairs are others than those of the steps that were taken.
+        ValueError: if the pairs or the number of processes are others than those of the steps that were taken.
     """
     path = folder / DATA
+    here = {**hashes, PROCESSES: world_size}
     if path.is_file():
-        there = read_json(path)
-        if there == hashes:
+        there = {PROCESSES: world_size, **read_json(path)}  # older trainings do not say
+        if there == here:
             return
         if _has_begun(folder):
+            if there[PROCESSES] != world_size:
+                raise ValueError(
+                    f"`output_dir` {str(folder)!r} holds a training of {there[PROCESSES]} process(es), here are "
+                    f"{world_size}: its steps would be others. Take as many, choose another folder, or remove it."
+                )
             changed = next(split for split in hashes if there.get(split) != hashes[split])
             raise ValueError(
                 f"`output_dir` {str(folder)!r} holds a training whose {changed} pairs were others than they are now. "
                 "Give it the same data, choose another folder, or remove it."
             )
         remove_made_first(folder)
-    write_json(path, hashes, replace=True)
+    write_json(path, here, replace=True)
 
 
 def remove_made_first(folder: Path) -> None:

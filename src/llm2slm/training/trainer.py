@@ -7,7 +7,7 @@ rate of its own, since it starts at random and the SLM is often pretrained.
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,8 @@ class TrainerOptions(TrainerDefaults, Seq2SeqTrainingArguments):
         # The Trainer refuses bfloat16 on a machine that has a CPU alone, unless told that this is what is meant.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.n_gpu > 1:  # of one process: the Trainer would wrap the model in `DataParallel`, which copies it anew
+            self._n_gpu = 1
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -64,21 +66,19 @@ class SimilarLengthSampler(Sampler[int]):
         lengths (`Sequence[int]`): Of each example.
         batch_size (`int`): Examples of one step, of all processes together.
         seed (`int`): Each epoch has an order of its own.
+        epoch (`Callable[[], int]`):
+            The epoch that begins. It is asked for: of several processes, accelerate does not pass on which epoch is
+            resumed.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int):
-        """Chooses the order; the trainer calls it before each epoch."""
-        self.epoch = epoch
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]):
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch())
         indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         full = len(indices) // self.batch_size  # a smaller last batch stays the last
@@ -95,7 +95,12 @@ class SimilarLengthTrainer(Seq2SeqTrainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """The Trainer's, with the loss of a token in place of that of a batch."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # the loss of all tokens, and how many they are
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Each process takes the mean over its own tokens, which are summed below.
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = across
         total = self._evaluated.float().to(self.args.device)  # not every device has float64
         loss, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         if tokens:
@@ -116,7 +121,7 @@ class SimilarLengthTrainer(Seq2SeqTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.train_batch_size * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SimilarLengthSampler(rows[LENGTH], batch_size, seed)
+        return SimilarLengthSampler(rows[LENGTH], batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def _issue_warnings_after_load(self, load_result):
         # A tied weight is saved once: under its other names it is missing, and loaded all the same.
