@@ -1,6 +1,7 @@
 """Checkpoints: slim or whole, complete, checked against the LLM they were trained with, and adapters on top."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from conftest import (
     LLM_KINDS,
     LLM_VOCAB,
     SLM_VOCAB,
+    TRANSFORMERS_4,
     build_labels,
     build_llm,
     build_model,
@@ -26,7 +28,14 @@ from conftest import (
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    FalconH1Config,
+    Gemma2Config,
+)
 
 import llm2slm.checkpoint_llm2slm as checkpoint_module
 from llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration
@@ -52,6 +61,12 @@ def checkpoint(slim, tmp_path):
 @torch.no_grad()
 def logits(model):
     return model(**PROMPT, labels=LABELS).logits
+
+
+# Tiny models of two more kinds.
+SMALL_GEMMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_FALCON = SMALL_GEMMA | {"num_key_value_heads": 1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8}
+SMALL_GEMMA |= {"num_key_value_heads": 1, "head_dim": 16}
 
 
 def load(folder, **kwargs) -> LLM2SLMForConditionalGeneration:
@@ -670,6 +685,33 @@ def test_models_that_either_version_saved_are_composed_with_their_own_positions(
         model.save_pretrained(tmp_path / f"pair-{name}")
         torch.testing.assert_close(load(tmp_path / f"pair-{name}").encode_hidden_states(**PROMPT), expected[name][0])
     torch.testing.assert_close(*expected.values())
+
+
+def test_a_gemma_slm_is_read_by_the_version_that_saved_it(tmp_path):
+    config = Gemma2Config(**SMALL_GEMMA, vocab_size=SLM_VOCAB)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        build_llm(), AutoModelForCausalLM.from_config(config)
+    )
+    model.save_pretrained(tmp_path / "pair", include_llm=True)
+    load(tmp_path / "pair")
+    fields = json.loads((tmp_path / "pair" / "config.json").read_text())
+    fields["transformers_version"] = "5.0.0" if TRANSFORMERS_4 else "4.57.1"
+    (tmp_path / "pair" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="a gemma2 reads projected states at another scale.*load it with"):
+        load(tmp_path / "pair")
+
+
+def test_an_slm_that_does_more_with_its_tokens_than_look_them_up_is_refused():
+    config = FalconH1Config(**SMALL_FALCON, vocab_size=SLM_VOCAB)
+    for multiplier in (1.0, 5.0):
+        config.embedding_multiplier = multiplier
+        slm = AutoModelForCausalLM.from_config(config)
+        compose = functools.partial(LLM2SLMForConditionalGeneration.from_llm_slm_pretrained, build_llm(), slm)
+        if multiplier == 1:
+            assert not compose().slm.training
+        else:
+            with pytest.raises(ValueError, match=r"The SLM \(falcon_h1\) does more with its tokens than look up"):
+                compose()
 
 
 def test_a_place_of_the_llm_where_none_is_loaded_is_refused(tmp_path):

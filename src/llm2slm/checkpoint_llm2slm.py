@@ -20,6 +20,7 @@ from .loading_llm2slm import (
     check_loading_info,
     check_offloaded,
     check_same_architecture,
+    check_same_scale,
     check_shards,
     compute_device,
     is_offloaded,
@@ -100,6 +101,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         check_loading_info(info, f"The weights in {place!r}")
+        check_same_scale(model.config.slm_config.model_type, model.config.transformers_version, place)
         for part in filter(None, (model.llm, model.slm)):
             check_offloaded(part)
         if model.llm is not None and llm_name_or_path is not None:

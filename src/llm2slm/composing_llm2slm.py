@@ -61,8 +61,9 @@ class LLM2SLMComposingMixin(PreTrainedModel):
                 Further fields of [`LLM2SLMConfig`], such as `llm_layer` and `shared_tokenizer`.
 
         Raises:
-            ValueError: if the two models share a parameter (training the SLM would change the LLM), a field of the
-                configuration is unknown or invalid, or `prompt_token_map` is missing, not needed or invalid.
+            ValueError: if the two models share a parameter (training the SLM would change the LLM), the SLM does more
+                with its tokens than look up their embeddings, a field of the configuration is unknown or invalid, or
+                `prompt_token_map` is missing, not needed or invalid.
         """
         known = set(inspect.signature(LLM2SLMConfig.__init__).parameters) - {"self", "kwargs"}
         if unknown := set(config_kwargs) - known:
@@ -99,6 +100,7 @@ class LLM2SLMComposingMixin(PreTrainedModel):
                 f"LLM and SLM share the parameter {shared!r}: training the SLM would change the frozen LLM. Pass a "
                 "copy, e.g. `slm=copy.deepcopy(slm)`."
             )
+        _check_reads_embeddings(slm)
         config = LLM2SLMConfig.from_sub_configs(llm_config, slm.config, fusion=fusion, **llm_source, **config_kwargs)
         token_map = _check_token_map(prompt_token_map, config)
         generation_config = slm.generation_config
@@ -124,6 +126,23 @@ class LLM2SLMComposingMixin(PreTrainedModel):
             ids = torch.arange(min(llm_embeddings.num_embeddings, 4096), device=compute_device(llm_embeddings))
             llm_std = llm_embeddings(ids).float().std().item()
             init_linear(self.projector.llm_embeddings, output_std=std / max(llm_std, 1e-6))
+
+
+@torch.no_grad()
+def _check_reads_embeddings(slm: PreTrainedModel):
+    """A decoder-only SLM learns responses from their embeddings, and writes them from their ids."""
+    if slm.config.is_encoder_decoder or slm.device.type == "meta":
+        return
+    ids, training = torch.tensor([[0, 1, 2]], device=compute_device(slm)), slm.training
+    slm.eval()
+    by_ids = slm(input_ids=ids, use_cache=False).logits
+    by_embeddings = slm(inputs_embeds=slm.get_input_embeddings()(ids), use_cache=False).logits
+    slm.train(training)
+    if not torch.allclose(by_ids, by_embeddings, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"The SLM ({slm.config.model_type}) does more with its tokens than look up their embeddings: it would "
+            "learn responses from other inputs than it writes them from. Choose another SLM."
+        )
 
 
 def _check_token_map(token_map, config: LLM2SLMConfig) -> torch.Tensor | None:

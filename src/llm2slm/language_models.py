@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import auto  # noqa: F401  (LLM-to-SLM is one of the models that the Auto classes load)
 from .configuration_llm2slm import LLM2SLMConfig
-from .loading_llm2slm import load_slm, load_tokenizer, max_positions, resolve_revision, split_gguf
+from .loading_llm2slm import architecture_of, load_slm, load_tokenizer, max_positions, resolve_revision, split_gguf
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .tokenization_llm2slm import LLM2SLMTokenizer
 from .utils import MAX_NEW_TOKENS, check_installed
@@ -120,10 +120,8 @@ def load_model(
 def identify(model) -> str:
     """A hash of a model's architecture and of all its weights."""
     digest = hashlib.sha256()
-    fields = model.config.to_dict()
-    for where_and_how in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        fields.pop(where_and_how, None)
-    digest.update(json.dumps([type(model).__name__, fields], sort_keys=True, default=str).encode())
+    identity = [type(model).__name__, architecture_of(model.config)]
+    digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

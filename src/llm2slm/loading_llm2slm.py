@@ -428,6 +428,25 @@ def check_same_architecture(found, expected, source):
             )
 
 
+def check_same_scale(slm_type: str, saved_by: str | None, source):
+    """
+    Raises a `ValueError` for a pair with a Gemma or Gemma 2 SLM that the other major version of Transformers saved: 4
+    multiplies what the SLM is given in place of embeddings by the root of its width, 5 the embeddings alone.
+    """
+    here, there = (str(version).partition(".")[0] for version in (transformers.__version__, saved_by))
+    if slm_type in ("gemma", "gemma2") and saved_by is not None and here != there:
+        raise ValueError(
+            f"The pair in {str(source)!r} was saved by Transformers {saved_by}, in which a {slm_type} reads projected "
+            f"states at another scale than in {transformers.__version__}: load it with Transformers {there}."
+        )
+
+
+def architecture_of(config) -> dict:
+    """The fields of a configuration that say what the model is, not where it was or how it was loaded."""
+    where_and_how = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    return {name: value for name, value in config.to_dict().items() if name not in where_and_how}
+
+
 def shared_parameter(llm: nn.Module, slm: nn.Module) -> str | None:
     """The name of a parameter of `slm` that is `llm`'s too, if there is one."""
     frozen = {parameter.data_ptr() for parameter in llm.parameters() if parameter.device.type != "meta"}

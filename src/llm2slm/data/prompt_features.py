@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from datasets.features.features import register_feature
 
-from ..loading_llm2slm import fingerprint
+from ..loading_llm2slm import architecture_of, fingerprint
 from .collator import check_dataset
 from .shards import TOKENS_PER_BATCH, fill_cache, hash_ids, in_groups, read_place
 
@@ -137,12 +137,9 @@ def _cache_name(model, dtype: str, llm_kwargs: dict) -> str:
     quantization = (
         llm_kwargs.get("quantization_config") if llm is None else llm.config.to_dict().get("quantization_config")
     )
-    architecture = config.llm_text_config.to_dict()
-    for where_and_how in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        architecture.pop(where_and_how, None)
     identity = [
         config.llm_fingerprint or (llm is not None and fingerprint(llm)),
-        architecture,
+        architecture_of(config.llm_text_config),
         config.llm_revision,
         config.prompt_layers,
         dtype,
