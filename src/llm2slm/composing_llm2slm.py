@@ -135,8 +135,8 @@ def _check_reads_embeddings(slm: PreTrainedModel):
         return
     ids, training = torch.tensor([[0, 1, 2]], device=compute_device(slm)), slm.training
     slm.eval()
-    by_ids = slm(input_ids=ids, use_cache=False).logits
-    by_embeddings = slm(inputs_embeds=slm.get_input_embeddings()(ids), use_cache=False).logits
+    by_ids = slm(input_ids=ids).logits
+    by_embeddings = slm(inputs_embeds=slm.get_input_embeddings()(ids)).logits
     slm.train(training)
     if not torch.allclose(by_ids, by_embeddings, rtol=1e-3, atol=1e-3):
         raise ValueError(

@@ -140,9 +140,7 @@ class LLM2SLMGenerationMixin(LosslessGenerationMixin):
         start_token = generation_config.decoder_start_token_id if is_encoder_decoder else None
         beginning = take_beginning(kwargs, start_token, self.config.vocab_size)
         # Stop strings are matched against the SLM's vocabulary; encoder-decoders of Transformers 4 take no tokenizer.
-        own_loop = isinstance(
-            kwargs.get("custom_generate"), str
-        )  # on the Hub or in a folder; it may want the tokenizer
+        own_loop = isinstance(kwargs.get("custom_generate"), str)  # a whole `generate`, which may want the tokenizer
         tokenizer = kwargs.get("tokenizer") if own_loop else kwargs.pop("tokenizer", None)
         if (strings := generation_config.stop_strings) is not None and not own_loop:
             if tokenizer is None:
