@@ -322,13 +322,21 @@ WAYS = {
     "own": ({}, {}, {}),
     "llm": ({"slm_tokenizer": "llm"}, {"shared_tokenizer": True}, {"vocab_size": 64}),
     "trimmed": ({"slm_tokenizer": "trimmed"}, {"shared_tokenizer": True}, {}),
-    "slice": ({"slm": "slice", "slm_layers": [1]}, {"shared_tokenizer": True}, {"hidden_size": LLM_HIDDEN}),
+    "slice": (
+        {"slm": "slice", "slm_layers": [1], "vocab_size": None},
+        {"shared_tokenizer": True},
+        {"hidden_size": LLM_HIDDEN},
+    ),
     "trimmed slice": (
         {"slm": "slice", "slm_layers": [0, 1], "slm_tokenizer": "trimmed"},
         {"shared_tokenizer": True},
         {"hidden_size": LLM_HIDDEN},
     ),
-    "slice of another": ({"slm": "slice", "slm_layers": [1], "slice_of": "llama"}, {}, {"vocab_size": 64}),
+    "slice of another": (
+        {"slm": "slice", "slm_layers": [1], "slice_of": "llama", "vocab_size": None},
+        {},
+        {"vocab_size": 64},
+    ),
     "pretrained": ({"slm": "t5"}, {}, {"model_type": "t5"}),
     "pretrained, of one tokenizer": ({"slm": "llama"}, {"shared_tokenizer": True}, {"model_type": "llama"}),
 }
@@ -403,7 +411,7 @@ def test_a_frozen_head_multiplies_all_rows_at_once(arm):
 # ---------------------------------------------------------------------------------------------------------- the start
 def test_a_start_at_zero(recipe, files):
     still = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1, "llm": str(files / "bpe"), "slm": "slice"}
-    assert train({**recipe, **still}, slm_layers=[0], start="zero", fusion="add") is None
+    assert train({**recipe, **still}, slm_layers=[0], vocab_size=None, start="zero", fusion="add") is None
     assert load(recipe).projector.out.weight.abs().max() < 1e-9
 
 
