@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import SLM_VOCAB, build_model, build_prompts, padded, save_training
+from conftest import SLM_VOCAB, TRANSFORMERS_4, build_model, build_prompts, padded, save_training
 from safetensors.torch import load_file, save_file
 
 from llm2slm.cli import main as cli
@@ -28,8 +28,11 @@ def run(*arguments) -> str:
 # ----------------------------------------------------------------------------------------------------------------- DDP
 @pytest.fixture
 def recipe(tmp_path):
-    pairs = [{"prompt": f"w{i} w{i + 1} " * (1 + i % 3), "completion": "abc"[i % 3] * (1 + i % 5)} for i in range(40)]
-    return {**save_training(tmp_path, pairs), "max_steps": 12, "eval_steps": 4}
+    pairs = [
+        {"prompt": f"w{i} w{i + 1} " * (1 + i % 3), "completion": " ".join("abc"[i % 3] * (1 + i % 8))}
+        for i in range(40)
+    ]
+    return {**save_training(tmp_path, pairs), "max_steps": 12, "eval_steps": 4, "per_device_eval_batch_size": 4}
 
 
 def write_recipe(recipe, folder, **changes) -> str:
@@ -76,6 +79,7 @@ def train_until(step: int, path: str):
         cli.main(["train", "--config", path])
 
 
+@pytest.mark.skipif(TRANSFORMERS_4, reason="several processes on CPUs cannot load their optimizers' state there")
 def test_two_processes_go_on_in_the_middle_of_an_epoch_as_if_nothing_had_happened(recipe, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = {
