@@ -63,12 +63,6 @@ def logits(model):
     return model(**PROMPT, labels=LABELS).logits
 
 
-# Tiny models of two more kinds.
-SMALL_GEMMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-SMALL_FALCON = SMALL_GEMMA | {"num_key_value_heads": 1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8}
-SMALL_GEMMA |= {"num_key_value_heads": 1, "head_dim": 16}
-
-
 def load(folder, **kwargs) -> LLM2SLMForConditionalGeneration:
     return LLM2SLMForConditionalGeneration.from_pretrained(folder, **kwargs)
 
@@ -673,11 +667,10 @@ def test_models_that_either_version_saved_are_composed_with_their_own_positions(
     build_llm("llama").save_pretrained(tmp_path / "llm")
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
     expected, labels = {}, LABELS.clamp(max=LLM_VOCAB - 1)
-    for name, fields in (("older", {"rope_theta": 3e3}), ("newer", {"rope_parameters": {"rope_theta": 3e3}})):
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e3}}
+    for name, fields in (("older", {"rope_theta": 3e3}), ("newer", newer)):
         shutil.copytree(tmp_path / "llm", tmp_path / name)
         others = {key: value for key, value in config.items() if not key.startswith("rope_")}
-        if "rope_parameters" in fields:
-            fields["rope_parameters"]["rope_type"] = "default"
         (tmp_path / name / "config.json").write_text(json.dumps(others | fields))
         torch.manual_seed(0)  # of the projector
         model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(tmp_path / name, tmp_path / name)
@@ -687,8 +680,13 @@ def test_models_that_either_version_saved_are_composed_with_their_own_positions(
     torch.testing.assert_close(*expected.values())
 
 
+# Of tiny models of further kinds.
+SMALL = {"vocab_size": SLM_VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 def test_a_gemma_slm_is_read_by_the_version_that_saved_it(tmp_path):
-    config = Gemma2Config(**SMALL_GEMMA, vocab_size=SLM_VOCAB)
+    config = Gemma2Config(**SMALL, head_dim=16)
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
         build_llm(), AutoModelForCausalLM.from_config(config)
     )
@@ -702,7 +700,7 @@ def test_a_gemma_slm_is_read_by_the_version_that_saved_it(tmp_path):
 
 
 def test_an_slm_that_does_more_with_its_tokens_than_look_them_up_is_refused():
-    config = FalconH1Config(**SMALL_FALCON, vocab_size=SLM_VOCAB)
+    config = FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_state=8)
     for multiplier in (1.0, 5.0):
         config.embedding_multiplier = multiplier
         slm = AutoModelForCausalLM.from_config(config)

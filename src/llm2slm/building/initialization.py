@@ -52,7 +52,7 @@ def standardize_states(model, dataset: "Dataset", max_rows: int = 4096) -> None:
         raise ValueError(f"The model's `projector_norm` must be 'standardize', got {model.config.projector_norm!r}.")
     _check_columns(dataset)
     count, sums, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
-    for index in evenly_spaced(dataset, max_rows):
+    for index in _evenly_spaced(dataset, max_rows):
         states = torch.as_tensor(dataset[index]["prompt_hidden_states"]).double()
         count, sums, squares = count + len(states), sums + states.sum(dim=0), squares + states.square().sum(dim=0)
     mean = sums / count
@@ -131,7 +131,7 @@ def start_from_states(model, dataset: "Dataset", max_rows: int = 4096) -> float:
     embeddings, head = model.slm.get_input_embeddings(), model.slm.get_output_embeddings()
     sums = torch.zeros(config.vocab_size, config.slm_hidden_size, dtype=torch.float64)
     counts = torch.zeros(config.vocab_size, dtype=torch.float64)
-    for index in evenly_spaced(dataset, max_rows):
+    for index in _evenly_spaced(dataset, max_rows):
         row = dataset[index]
         ids = torch.as_tensor(row["input_ids"])[1:]
         if model.prompt_token_map is not None:
@@ -196,7 +196,7 @@ def fit_head(model, lm, dataset: "Dataset", max_rows: int = 512) -> float:
     regression = _RidgeRegression(slm.config.hidden_size, slm.config.hidden_size, bias=False)
     given = _given_scale(slm)
     with _in_eval_mode(slm):
-        for index in tqdm(evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" texts"):
+        for index in tqdm(_evenly_spaced(dataset, max_rows), desc="Fitting the head", unit=" texts"):
             row = dataset[index]
             ids, states = torch.as_tensor(row["input_ids"])[None], torch.as_tensor(row["prompt_hidden_states"])[None]
             own = without_head(slm)(inputs_embeds=states.to(slm.device, slm.dtype) / given).last_hidden_state
@@ -240,7 +240,7 @@ def _in_eval_mode(model):
         model.train(training)
 
 
-def evenly_spaced(dataset: "Dataset", max_rows: int) -> list[int]:
+def _evenly_spaced(dataset: "Dataset", max_rows: int) -> list[int]:
     """Numbers of at most this many rows, each as far from the next."""
     number = min(max_rows, len(dataset))
     return [i * len(dataset) // number for i in range(number)]

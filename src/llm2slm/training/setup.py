@@ -22,12 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..building.initialization import evenly_spaced, fit_head, standardize_states, start_at_zero, start_from_states
+from ..building.initialization import fit_head, standardize_states, start_at_zero, start_from_states
 from ..building.slm import make_slm, slice_lm
 from ..building.tokenizers import limit_tokenizer, token_map, train_tokenizer, trim_tokenizer
 from ..configuration_llm2slm import LLM2SLMConfig
 from ..data.collator import DataCollatorForLLM2SLM, tokenize_pairs
-from ..data.pairs import format_of_text, has_parts, load_pairs, part_sizes, without_empty
+from ..data.pairs import format_of_text, has_parts, load_pairs, part_sizes, spaced, without_empty
 from ..data.prompt_features import cache_prompt_features
 from ..language_models import check_positions, gguf_argument, read_states_in_one_piece
 from ..loading_llm2slm import load_slm, load_tokenizer, max_positions, split_gguf
@@ -191,7 +191,7 @@ def cache_texts(options: TrainOptions, examples: Dataset, model, token_ids: list
     """
     if token_ids is None or model.config.llm_text_config.is_encoder_decoder:
         return cache_features(options, {"train": examples}, model)["train"]
-    rows = examples.select(evenly_spaced(examples, MAX_TEXTS))
+    rows = spaced(examples, MAX_TEXTS)
     longest = max_positions(model.config.llm_text_config)
 
     def join(row: dict[str, Any]) -> dict[str, list[int]]:
