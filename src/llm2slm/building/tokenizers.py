@@ -64,7 +64,8 @@ def trim_tokenizer(
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A fast one whose model is a BPE or Unigram. It is left as it is.
-        texts (`Iterable[str]`): What is to be encoded into the same tokens as before.
+        texts (`Iterable[str]`):
+            What is to be encoded into the same tokens as before, with the line breaks and marks of its prompt format.
         vocab_size (`int`, *optional*):
             Number of tokens, at most, where the bytes, special and added ones leave that room: the most used are kept,
             and a text with others becomes more tokens than before. All that the texts use if omitted.
