@@ -23,13 +23,12 @@ def main():
     arguments = parser.parse_args()
     others = {}
     if arguments.against is not None:
-        examples = read_report(arguments.against)["data"]["examples"]
-        others = {row["prompt"]: row["response"] for row in read_texts(arguments.against, examples)}
+        _, rows = read_rows(arguments.against)
+        others = {row["prompt"]: row["response"] for row in rows}
     print("| Report | Data | Examples | " + " | ".join(METRICS[name] for name in NAMES) + " |")
     print("|---|---|" + "---:|" * (1 + len(NAMES)))
     for path in arguments.reports:
-        report = read_report(path)
-        rows = read_texts(path, report["data"]["examples"])
+        report, rows = read_rows(path)
         responses, references, prompts = ([row[part] for row in rows] for part in ("response", "completion", "prompt"))
         if others:
             references = [others[prompt] for prompt in prompts]
@@ -38,6 +37,12 @@ def main():
         print(
             f"| `{Path(path).stem}` | `{Path(report['data']['source']).name}` | {len(rows):,} | {' | '.join(cells)} |"
         )
+
+
+def read_rows(path: str) -> tuple[dict, list[dict]]:
+    """A report and its texts."""
+    report = read_report(path)
+    return report, read_texts(path, report["data"]["examples"])
 
 
 if __name__ == "__main__":

@@ -10,21 +10,21 @@ in more tokens.
 """
 
 import argparse
-from pathlib import Path
 
 from llm2slm.building import slice_lm, trim_tokenizer
 from llm2slm.data.pairs import load_rows, make_texts
 from llm2slm.language_models import load_model
 from llm2slm.training.run_folder import read_run
+from llm2slm.utils import check_new_file
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm", required=True, help="folder of a training with --arm llm")
     parser.add_argument("--data", nargs="+", required=True, help="data sets, of which all texts of `train` are kept")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the LLM")
+    parser.add_argument("--output", required=True, help="new folder for the LLM, in bfloat16")
     arguments = parser.parse_args()
+    check_new_file(arguments.output)
 
     run = read_run(arguments.llm)
     texts = []
@@ -33,8 +33,7 @@ def main():
         # With what stands around a prompt: the line break at its end is a token, too.
         texts += make_texts(rows, {"prompt": run["data"]["prompt_format"]}, name)["prompt"]
         texts += rows["completion"] if "completion" in rows.column_names else []
-    base = run["llm"]["name_or_path"]
-    model, tokenizer = load_model(arguments.llm, dtype=arguments.dtype, trained_llm=base)
+    model, tokenizer = load_model(arguments.llm, dtype="bfloat16", trained_llm=run["llm"]["name_or_path"])
     trimmed, token_ids = trim_tokenizer(tokenizer.llm_tokenizer, texts)
     slice_lm(model, range(model.config.num_hidden_layers), token_ids).save_pretrained(arguments.output)
     trimmed.save_pretrained(arguments.output)
